@@ -1,0 +1,37 @@
+"""What every loader returns: two splits as arrays, and where they come from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """One half of a data set, whole or in part.
+
+    `x` holds images [N, H, W, C] uint8, or event frames [N, T, H, W, 2]: a memory map of the smallest unsigned integer
+    type that holds the counts, float32 where they were normalised. `y` holds labels [N] int32. `found` of `expected`
+    samples were there; a part of a data set is used as it is.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    found: int
+    expected: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as the training loop takes it; `source` says for people where it lies."""
+
+    name: str
+    train: Split
+    test: Split
+    source: str
+
+
+def default_cache_dir() -> Path:
+    """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
+    return Path(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax").expanduser()
