@@ -1,0 +1,108 @@
+"""Weights of the paper authors' networks, by their names and in their layouts.
+
+PyTorch keeps convolutions as OIHW and linear layers as out x in, and flattens feature maps channel first; here they
+are HWIO, in x out, and channel last. PyTorch itself is not needed for this module.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from plif_jax.errors import UserError
+from plif_jax.layers import BatchNorm
+from plif_jax.networks import Flatten
+from plif_jax.neurons import PLIF, Neuron
+
+
+def _same(array):
+    return array
+
+
+def _conv_to_torch(kernel):
+    return kernel.transpose(3, 2, 0, 1)
+
+
+def _conv_from_torch(weight):
+    return weight.transpose(2, 3, 1, 0)
+
+
+def _linear_to_torch(kernel, flat_shape):
+    """(in, out) to (out, in); where the inputs are flattened (H, W, C), also puts them channel first."""
+    if flat_shape is not None:
+        kernel = kernel.reshape(*flat_shape, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+    return kernel.T
+
+
+def _linear_from_torch(weight, flat_shape):
+    kernel = weight.T
+    if flat_shape is not None:
+        H, W, C = flat_shape
+        kernel = kernel.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+    return kernel
+
+
+def _entries(net):
+    """Yields (name in the authors' program, variable here, array to their layout, array to ours), in their order."""
+    flat_shape = None
+    for name, layer in net.named_layers().items():
+        if isinstance(layer, nnx.Conv):
+            yield f"{name}.weight", layer.kernel, _conv_to_torch, _conv_from_torch
+        elif isinstance(layer, BatchNorm):
+            yield f"{name}.weight", layer.scale, _same, _same
+            yield f"{name}.bias", layer.bias, _same, _same
+            yield f"{name}.running_mean", layer.mean, _same, _same
+            yield f"{name}.running_var", layer.var, _same, _same
+        elif isinstance(layer, Neuron):
+            if isinstance(layer, PLIF):
+                yield f"{name}.w", layer.w, _same, _same
+            if isinstance(layer.surrogate.alpha, nnx.Param):
+                yield f"{name}.surrogate_function.alpha", layer.surrogate.alpha, _same, _same
+        elif isinstance(layer, Flatten):
+            flat_shape = layer.shape
+        elif isinstance(layer, nnx.Linear):
+            there = partial(_linear_to_torch, flat_shape=flat_shape)
+            back = partial(_linear_from_torch, flat_shape=flat_shape)
+            yield f"{name}.weight", layer.kernel, there, back
+            flat_shape = None
+
+
+def _counter_names(names):
+    """BatchNorm2d also counts its calls; neither program reads the count."""
+    return [name.replace("running_var", "num_batches_tracked") for name in names if name.endswith("running_var")]
+
+
+def state_dict(net):
+    """The network's weights and running statistics as {name in the authors' program: NumPy array}."""
+    arrays = {}
+    for name, variable, to_torch, _ in _entries(net):
+        arrays[name] = np.ascontiguousarray(to_torch(np.asarray(variable[...])))
+        for counter in _counter_names([name]):
+            arrays[counter] = np.zeros((), np.int64)
+    return arrays
+
+
+def load_state_dict(net, arrays):
+    """Sets the network's weights and running statistics, in place, from {name in the authors' program: array}.
+
+    Raises:
+      UserError: a name is missing or unknown, or a shape differs; nothing is changed then.
+    """
+    entries = list(_entries(net))
+    names = [name for name, *_ in entries]
+    missing = [name for name in names if name not in arrays]
+    unknown = [name for name in arrays if name not in names and name not in _counter_names(names)]
+    if missing or unknown:
+        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        raise UserError(f"these weights are not of this {type(net).__name__}; {'; '.join(parts)}")
+    values = []
+    for name, variable, to_torch, from_torch in entries:
+        array = np.asarray(arrays[name])
+        expected = jax.eval_shape(to_torch, variable[...]).shape
+        if array.shape != expected:
+            raise UserError(f"{name} has shape {array.shape}; this {type(net).__name__} takes {expected}")
+        values.append(jnp.asarray(from_torch(array), variable[...].dtype))
+    for (_, variable, *_), value in zip(entries, values, strict=True):
+        variable[...] = value

@@ -1,0 +1,154 @@
+"""Layers that know about time: sequences [T, B, ...] in, sequences out.
+
+Convolutions and linear layers need no time of their own: they see T * B as one batch (`flax.nnx.Conv` and
+`flax.nnx.Linear` do, for any leading axes). What is here differs from its usual form because of time, because spikes
+tie, or because the paper's program initialises as PyTorch does.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from plif_jax.errors import UserError
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions and linear layers.
+torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation of each timestep by its own statistics.
+
+        y[t] = (x[t] - mean[t]) / sqrt(var[t] + eps) * scale + bias,   mean, var (biased) over all axes of x[t] but C
+        running = (1 - momentum) running + momentum statistics[t],     once per timestep, in order; var unbiased
+
+    This is what a PyTorch BatchNorm2d called once per timestep does (Ioffe and Szegedy, 2015), all timesteps at once.
+    In evaluation mode (`use_running_average`) the running statistics normalise.
+
+    Args:
+      num_features: C, the size of the last axis.
+      momentum: weight of the newest timestep in the running statistics.
+      axis_name: mapped axis over whose devices the batch is spread; statistics are those of the whole batch.
+      dtype: of the result; statistics are computed in float32 or better.
+    """
+
+    def __init__(self, num_features, *, momentum=0.1, eps=1e-5, axis_name=None, dtype=None):
+        self.scale = nnx.Param(jnp.ones(num_features, float))
+        self.bias = nnx.Param(jnp.zeros(num_features, float))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, float))
+        self.var = nnx.BatchStat(jnp.ones(num_features, float))
+        self.momentum, self.eps, self.axis_name, self.dtype = momentum, eps, axis_name, dtype
+        self.use_running_average = False
+
+    def __call__(self, x_TBC):
+        """Normalises x [T, B, ..., C]; in training mode also moves the running statistics T times."""
+        x = x_TBC.astype(jnp.promote_types(x_TBC.dtype, jnp.float32))
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var = self._batch_statistics(x)
+        gain = self.scale[...] * lax.rsqrt(var + self.eps)
+        return ((x - mean) * gain + self.bias[...]).astype(self.dtype or x_TBC.dtype)
+
+    def _batch_statistics(self, x):
+        axes = tuple(range(1, x.ndim - 1))
+        count = x[0, ..., 0].size
+        if self.axis_name is not None:
+            count *= lax.axis_size(self.axis_name)
+        mean = self._average(x.mean(axes, keepdims=True))
+        # Two passes over x: E[x^2] - mean^2 would cancel in float32.
+        var = self._average(jnp.square(x - mean).mean(axes, keepdims=True))
+        mean_TC, var_TC = (lax.stop_gradient(s).reshape(x.shape[0], -1) for s in (mean, var))
+        self._move(self.mean, mean_TC)
+        # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
+        self._move(self.var, var_TC * (count / max(count - 1, 1)))
+        return mean, var
+
+    def _average(self, statistic):
+        return statistic if self.axis_name is None else lax.pmean(statistic, self.axis_name)
+
+    def _move(self, running, new_TC):
+        """T exponential moving averages in one sum: (1 - m)^T r + sum over t of m (1 - m)^(T-1-t) new[t]."""
+        T = new_TC.shape[0]
+        keep = 1 - self.momentum
+        weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
+        running[...] = keep**T * running[...] + weights_T @ new_TC
+
+
+class Dropout(nnx.Module):
+    """Dropout whose mask is drawn once per sample and held for all T timesteps; kept values are scaled by 1/(1-rate).
+
+    The paper's program does so: a unit is absent for the whole presentation, not flickering. The model keeps no RNG
+    state: training passes a key at the call, either one, or one per sample [B] - then the masks do not depend on how
+    the batch is spread over devices.
+    """
+
+    def __init__(self, rate):
+        self.rate = rate
+        self.deterministic = False
+
+    def __call__(self, x_TBF, rngs=None):
+        """Masks x [T, B, ...]; rngs is a key, keys [B], or nnx.Rngs. Identity in evaluation mode or at rate 0."""
+        if self.deterministic or self.rate == 0:
+            return x_TBF
+        if rngs is None:
+            raise UserError(
+                "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)), "
+                "or switch it off with net.set_attributes(deterministic=True)"
+            )
+        if isinstance(rngs, nnx.Rngs):
+            rngs = rngs.dropout()
+        keys_B = rngs if rngs.ndim else jax.random.split(rngs, x_TBF.shape[1])
+        keep_BF = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_TBF.shape[2:]))(keys_B)
+        return jnp.where(keep_BF, x_TBF / (1 - self.rate), 0)
+
+
+def _windows(x):
+    """The four values of every 2x2 window of x [..., H, W, C], row-major; an odd last row or column is dropped."""
+    H, W = x.shape[-3] // 2 * 2, x.shape[-2] // 2 * 2
+    return [x[..., i:H:2, j:W:2, :] for i in (0, 1) for j in (0, 1)]
+
+
+@jax.custom_vjp
+def max_pool(x):
+    """2x2 max pooling of x [..., H, W, C] whose gradient goes to the first maximum, row-major, as in PyTorch.
+
+    Spikes tie constantly: `jnp.max` would share the gradient among all of them, which trains another network.
+    """
+    a, b, c, d = _windows(x)
+    return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
+
+
+def _max_pool_forward(x):
+    return max_pool(x), x
+
+
+def _max_pool_backward(x, g):
+    windows = _windows(x)
+    top = jnp.maximum(jnp.maximum(windows[0], windows[1]), jnp.maximum(windows[2], windows[3]))
+    taken, parts = jnp.zeros(top.shape, bool), []
+    for window in windows:
+        first = (window == top) & ~taken
+        parts.append(jnp.where(first, g, 0))
+        taken |= first
+    *_, H, W, C = g.shape
+    rows = [jnp.stack(parts[i : i + 2], axis=-2).reshape(*g.shape[:-2], 2 * W, C) for i in (0, 2)]
+    x_bar = jnp.stack(rows, axis=-3).reshape(*g.shape[:-3], 2 * H, 2 * W, C)
+    odd = [(0, 0)] * (x.ndim - 3) + [(0, x.shape[-3] % 2), (0, x.shape[-2] % 2), (0, 0)]
+    return (jnp.pad(x_bar, odd),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def avg_pool(x):
+    """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped."""
+    a, b, c, d = _windows(x)
+    return (a + b + c + d) / 4
+
+
+def vote(spikes_TBN, classes):
+    """Averages each class's group of adjacent output neurons: [T, B, N] to [T, B, classes]."""
+    T, B, N = spikes_TBN.shape
+    votes = spikes_TBN.reshape(T, B, classes, N // classes)
+    return votes.astype(jnp.promote_types(votes.dtype, jnp.float32)).mean(-1)

@@ -1,0 +1,318 @@
+"""The paper's networks, each told as a table of layers.
+
+A table has the paper program's three parts. `static_conv` sees an image once; `conv` and `fc` see all T timesteps,
+layer by layer. The entries are builders: given the shape that reaches it, each makes its layer and names the shape
+that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plif_jax import neurons, surrogate
+from plif_jax.catalog import DATASETS
+from plif_jax.errors import UserError
+from plif_jax.layers import BatchNorm, Dropout, avg_pool, max_pool, torch_default_init, vote
+
+
+class Pool(nnx.Module):
+    """2x2 pooling, by maximum or average."""
+
+    def __init__(self, use_max: bool):
+        self.use_max = use_max
+
+    def __call__(self, x):
+        """Halves height and width of x [..., H, W, C]."""
+        return max_pool(x) if self.use_max else avg_pool(x)
+
+
+class Flatten(nnx.Module):
+    """Feature maps [T, B, H, W, C] of a known shape (H, W, C) to vectors [T, B, H * W * C]."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def __call__(self, x):
+        """Joins the last three axes."""
+        return x.reshape(*x.shape[:-3], -1)
+
+
+# Builders. `net` brings the settings, `shape` is (H, W, C) or (features,).
+
+
+def conv(features):
+    """3x3 convolution, padding 1, without bias."""
+
+    def build(net, shape, rngs):
+        *size, C = shape
+        layer = nnx.Conv(
+            C,
+            features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=torch_default_init,
+            dtype=net.dtype,
+            param_dtype=float,
+            rngs=rngs,
+        )
+        return layer, (*size, features)
+
+    return build
+
+
+def linear(features=None):
+    """Linear layer without bias; a quarter of its inputs wide where `features` is not given."""
+
+    def build(net, shape, rngs):
+        n_in, n_out = shape[0], features or shape[0] // 4
+        if n_out == 0:
+            raise UserError(f"{n_in} values reach the first linear layer, 4 at least are needed: give more channels")
+        layer = nnx.Linear(
+            n_in,
+            n_out,
+            use_bias=False,
+            kernel_init=torch_default_init,
+            dtype=net.dtype,
+            param_dtype=float,
+            rngs=rngs,
+        )
+        return layer, (n_out,)
+
+    return build
+
+
+def norm(net, shape, rngs):
+    """Batch normalisation per timestep."""
+    return BatchNorm(shape[-1], dtype=net.dtype), shape
+
+
+def neuron(net, shape, rngs):
+    """PLIF, or LIF with tau = init_tau."""
+    settings = dict(detach_reset=net.detach_reset, surrogate=surrogate.ATan(learnable=net.alpha_learnable))
+    kind = neurons.PLIF if net.use_plif else neurons.LIF
+    return kind(net.init_tau, **settings), shape
+
+
+def pool(net, shape, rngs):
+    """2x2 pooling, by maximum or average as the network is set."""
+    H, W, C = shape
+    if min(H, W) < 2:
+        raise UserError(f"a {H}x{W} feature map cannot be halved again: give a smaller number_layer")
+    return Pool(net.use_max_pool), (H // 2, W // 2, C)
+
+
+def flatten(net, shape, rngs):
+    """Feature maps to one vector."""
+    H, W, C = shape
+    return Flatten(shape), (H * W * C,)
+
+
+def dropout(net, shape, rngs):
+    """Dropout 0.5, the mask held over time."""
+    return Dropout(0.5), shape
+
+
+def mnist_table():
+    """MNIST and Fashion-MNIST (Fang et al., 2021, Table 1)."""
+    return {
+        "static_conv": [conv(128), norm],
+        "conv": [neuron, pool, conv(128), norm, neuron, pool],
+        "fc": [flatten, dropout, linear(2048), neuron, dropout, linear(100), neuron],
+    }
+
+
+def cifar10_table():
+    """CIFAR-10 (Fang et al., 2021, Table 1): one dropout only."""
+    block = [conv(256), norm, neuron]
+    return {
+        "static_conv": [conv(256), norm],
+        "conv": [neuron, *block, *block, pool, *block, *block, *block, pool],
+        "fc": [flatten, dropout, linear(2048), neuron, linear(100), neuron],
+    }
+
+
+def event_table(channels, number_layer, classes):
+    """N-MNIST, CIFAR10-DVS, DVS128 Gesture (Fang et al., 2021, Table 1); nothing is static."""
+    return {
+        "static_conv": [],
+        "conv": [conv(channels), norm, neuron, pool] * number_layer,
+        "fc": [flatten, dropout, linear(), neuron, dropout, linear(10 * classes), neuron],
+    }
+
+
+class SpikingNet(nnx.Module):
+    """A spiking network made from a table of layers; the paper's networks are its subclasses.
+
+    Args:
+      table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders.
+      shape: (H, W, C) of an image or a frame.
+      classes: number of classes; the last layer has a group of neurons for each.
+      T: timesteps for which a static image is shown.
+      init_tau: tau of LIF neurons, initial tau of PLIF neurons, in timesteps, above 1.
+      use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.
+      dtype: of convolutions and linear layers, bfloat16 say; membranes and parameters stay float32 or better.
+      rngs: source of the initial weights.
+    """
+
+    PARTS = ("static_conv", "conv", "fc")
+
+    def __init__(
+        self,
+        table,
+        shape,
+        classes,
+        *,
+        T,
+        init_tau=2.0,
+        use_plif=True,
+        use_max_pool=True,
+        alpha_learnable=False,
+        detach_reset=True,
+        dtype=None,
+        rngs,
+    ):
+        if T < 1:
+            raise UserError(f"T is {T}; a network runs for 1 timestep or more")
+        self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
+        self.use_plif, self.use_max_pool = use_plif, use_max_pool
+        self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
+        for part in self.PARTS:
+            layers = []
+            for build in table[part]:
+                layer, shape = build(self, shape, rngs)
+                layers.append(layer)
+            setattr(self, part, nnx.List(layers))
+
+    def named_layers(self):
+        """All layers in order, as {"conv.2": layer}: the paper program's names."""
+        return {f"{part}.{i}": layer for part in self.PARTS for i, layer in enumerate(getattr(self, part))}
+
+    def named_neurons(self):
+        """The spiking layers in order, as {name: neuron}."""
+        return {name: layer for name, layer in self.named_layers().items() if isinstance(layer, neurons.Neuron)}
+
+    def unroll(self, state, x, *, rngs=None, observe=None):
+        """Runs the network on x from `state`, layer by layer, each over all timesteps.
+
+        Args:
+          state: tuple of membranes as an earlier call returned it; None: at rest.
+          x: images [B, H, W, C], shown for T timesteps, or frames [T, B, H, W, C].
+          rngs: key, or keys [B], for dropout in training mode.
+          observe: called as observe(name, layer, input, output) after each layer, for those who look inside.
+
+        Returns:
+          The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
+        """
+        x, still = self._as_frames(x)
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        before = None if state is None else iter(state)
+        after = []
+        for index, (name, layer) in enumerate(self.named_layers().items()):
+            if still and index == len(self.static_conv):
+                x = jnp.broadcast_to(x, (self.T, *x.shape[1:]))
+            entering = x
+            if isinstance(layer, neurons.Neuron):
+                v, x = layer.unroll(None if before is None else next(before), x)
+                after.append(v)
+            elif isinstance(layer, Dropout):
+                x = layer(x, None if key is None else _fold_in(key, index))
+            else:
+                x = layer(x)
+            if observe is not None:
+                observe(name, layer, entering, x)
+        return tuple(after), vote(x, self.classes)
+
+    def _as_frames(self, x):
+        """Checks x and gives it as [T, B, H, W, C] with whether it is a still image, T = 1."""
+        still = x.ndim == 4 and len(self.static_conv) > 0
+        if x.ndim != 5 - still or x.shape[-3:] != self.shape:
+            H, W, C = self.shape
+            image = f"images [B, {H}, {W}, {C}] or " if self.static_conv else ""
+            raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
+        x = x.astype(self.dtype or jnp.result_type(float))
+        return (x[None] if still else x), still
+
+    def __call__(self, x, *, rngs=None, observe=None):
+        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest."""
+        return self.unroll(None, x, rngs=rngs, observe=observe)[1].mean(0)
+
+
+def _fold_in(key, index):
+    """One key per layer, from one key or from one key per sample [B]."""
+    return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)
+
+
+class MNISTNet(SpikingNet):
+    """conv 1-128 once; then P, pool, conv 128-128, P, pool, linear 6272-2048, P, linear 2048-100, P each timestep."""
+
+    def __init__(self, T=DATASETS["MNIST"].T, **settings):
+        super().__init__(mnist_table(), DATASETS["MNIST"].shape, DATASETS["MNIST"].classes, T=T, **settings)
+
+
+class FashionMNISTNet(MNISTNet):
+    """The MNIST network, for Fashion-MNIST."""
+
+
+class CIFAR10Net(SpikingNet):
+    """conv 3-256 once; then P, five convolutions 256-256 with P, two pools, linear 16384-2048, P, 2048-100, P."""
+
+    def __init__(self, T=DATASETS["CIFAR10"].T, **settings):
+        super().__init__(cifar10_table(), DATASETS["CIFAR10"].shape, DATASETS["CIFAR10"].classes, T=T, **settings)
+
+
+class EventNet(SpikingNet):
+    """number_layer x [conv, P, pool], then two linear layers with P; subclasses name the data set, hence the sensor.
+
+    Args:
+      channels: width of every convolution; 128 in the paper.
+      number_layer: number of convolutions, each halving the sensor.
+      (others as in `SpikingNet`)
+    """
+
+    dataset: str
+
+    def __init__(self, T=None, *, channels=None, number_layer=None, **settings):
+        facts = DATASETS[self.dataset]
+        channels = facts.channels if channels is None else channels
+        number_layer = facts.number_layer if number_layer is None else number_layer
+        if channels < 1 or number_layer < 1:
+            raise UserError(f"channels is {channels} and number_layer {number_layer}; both are 1 or more")
+        table = event_table(channels, number_layer, facts.classes)
+        super().__init__(table, facts.shape, facts.classes, T=facts.T if T is None else T, **settings)
+
+
+class NMNISTNet(EventNet):
+    """The paper's N-MNIST network: 34x34, two convolutions."""
+
+    dataset = "NMNIST"
+
+
+class CIFAR10DVSNet(EventNet):
+    """The paper's CIFAR10-DVS network: 128x128, four convolutions."""
+
+    dataset = "CIFAR10DVS"
+
+
+class DVS128GestureNet(EventNet):
+    """The paper's DVS128 Gesture network: 128x128, five convolutions, 11 classes."""
+
+    dataset = "DVS128Gesture"
+
+
+class ASLDVSNet(EventNet):
+    """A network for ASL-DVS, 180x240, 24 classes. Ours: the paper's authors left theirs a stub."""
+
+    dataset = "ASLDVS"
+
+
+NETWORKS = {
+    "MNIST": MNISTNet,
+    "FashionMNIST": FashionMNISTNet,
+    "CIFAR10": CIFAR10Net,
+    "NMNIST": NMNISTNet,
+    "CIFAR10DVS": CIFAR10DVSNet,
+    "DVS128Gesture": DVS128GestureNet,
+    "ASLDVS": ASLDVSNet,
+    "Digits": NMNISTNet,
+}

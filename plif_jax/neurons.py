@@ -1,0 +1,183 @@
+"""Integrate-and-fire neurons: one pure step, scanned over time.
+
+Every neuron does three things per timestep (Fang et al., 2021, Sec. 3):
+
+    charge  h[t] = f(v[t-1], x[t])
+    fire    s[t] = H(h[t] - v_threshold)
+    reset   v[t] = h[t] (1 - s[t]) + v_reset s[t]     hard, or
+            v[t] = h[t] - v_threshold s[t]            soft (v_reset=None)
+
+A neuron of your own is a subclass with a `charge` of its own; it gets the fast gradient below for free.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from plif_jax import surrogate as surrogates
+from plif_jax.errors import UserError
+
+# Unrolled steps fuse into few passes over memory; past this many, compile time and code size win nothing more.
+MAX_UNROLL = 32
+
+
+class Neuron(nnx.Module):
+    """A layer of spiking neurons; subclasses say how the membrane charges.
+
+    Args:
+      v_threshold: membrane potential at and above which the neuron fires.
+      v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
+      detach_reset: lets no gradient through the spike in the reset, as the paper trains.
+      surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
+    """
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        detach_reset: bool = True,
+        surrogate: surrogates.Surrogate | None = None,
+    ):
+        self.v_threshold = v_threshold
+        self.v_reset = v_reset
+        self.detach_reset = detach_reset
+        self.surrogate = surrogates.ATan() if surrogate is None else surrogate
+
+    def charge(self, v, x):
+        """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise."""
+        raise NotImplementedError
+
+    def step(self, v, x):
+        """One timestep: (v[t-1], x[t]) to (v[t], s[t]), all of shape [...]; pure, so that `lax.scan` can take it."""
+        h = self.charge(v, x.astype(v.dtype))
+        s = self.surrogate(h - self.v_threshold)
+        reset = lax.stop_gradient(s) if self.detach_reset else s
+        v = h - reset * self.v_threshold if self.v_reset is None else h * (1 - reset) + reset * self.v_reset
+        return v, s.astype(x.dtype)
+
+    def rest(self, x):
+        """The membrane at rest for currents x [T, ...]: v_reset, or 0 with soft reset; never below float32."""
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.full(x.shape[1:], self.v_reset or 0.0, dtype)
+
+    def unroll(self, v, x):
+        """Runs currents x [T, ...] from the membrane v [...] (None: at rest).
+
+        Returns the membrane after the last step and the spikes [T, ...]. Feeding a sequence in chunks, the membrane
+        carried over, gives what one call gives; a chunk of one timestep is live inference.
+        """
+        rest = self.rest(x)
+        if v is None:
+            v = rest
+        elif jnp.shape(v) != rest.shape:
+            raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
+        graphdef, params, other = nnx.split(self, nnx.Param, ...)
+        return _sequence(graphdef, params, other, jnp.asarray(v, rest.dtype), x)
+
+    def unroll_by_autodiff(self, v, x):
+        """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
+        return lax.scan(self.step, self.rest(x) if v is None else v, x)
+
+    def __call__(self, x):
+        """Spikes [T, ...] in answer to currents x [T, ...], from rest."""
+        return self.unroll(None, x)[1]
+
+
+def _scan(step, carry, xs, **kwargs):
+    T = jax.tree.leaves(xs)[0].shape[0]
+    return lax.scan(step, carry, xs, unroll=min(max(T, 1), MAX_UNROLL), **kwargs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sequence(graphdef, params, other, v, x):
+    return _scan(nnx.merge(graphdef, params, other).step, v, x)
+
+
+def _sequence_forward(graphdef, params, other, v, x):
+    # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
+    return _sequence(graphdef, params, other, v, x), (params, other, v, x)
+
+
+def _sequence_backward(graphdef, residuals, cotangents):
+    params, other, v, x = residuals
+    v_bar, s_bar = cotangents
+
+    def step(params, v, x):
+        return nnx.merge(graphdef, params, other).step(v, x)
+
+    _, v_before = _scan(lambda v, x: (step(params, v, x)[0], v), v, x)
+
+    def backward_step(carry, inputs):
+        v_bar, params_bar = carry
+        v, x, s_bar = inputs
+        step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
+        return (v_bar, jax.tree.map(jnp.add, params_bar, step_params_bar)), x_bar
+
+    carry = (v_bar, jax.tree.map(jnp.zeros_like, params))
+    (v_bar, params_bar), x_bar = _scan(backward_step, carry, (v_before, x, s_bar), reverse=True)
+    return params_bar, None, v_bar, x_bar
+
+
+_sequence.defvjp(_sequence_forward, _sequence_backward)
+
+
+class IF(Neuron):
+    """Integrate and fire, without leak: h[t] = v[t-1] + x[t]."""
+
+    def charge(self, v, x):
+        return v + x
+
+
+def _leaky(v, x, v_reset, k):
+    return v + (x - (v - (v_reset or 0.0))) * k
+
+
+class LIF(Neuron):
+    """Leaky integrate and fire: h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau (Fang et al., 2021).
+
+    Args:
+      tau: membrane time constant in timesteps, above 1 for a leak that leaves something.
+      (others as in `Neuron`)
+    """
+
+    def __init__(self, tau: float = 2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.tau = _checked_tau("tau", tau)
+
+    def charge(self, v, x):
+        return _leaky(v, x, self.v_reset, 1 / self.tau)
+
+
+class PLIF(Neuron):
+    """Parametric LIF: the time constant of the layer is learned (Fang et al., 2021).
+
+        h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) k,   k = sigmoid(w) = 1 / tau
+
+    w is one scalar parameter for the whole layer, so tau stays above 1 whatever the optimiser does.
+
+    Args:
+      init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).
+      (others as in `Neuron`)
+    """
+
+    def __init__(self, init_tau: float = 2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.w = nnx.Param(jnp.asarray(-math.log(_checked_tau("init_tau", init_tau) - 1), dtype=float))
+
+    @property
+    def tau(self):
+        """The membrane time constant now, in timesteps."""
+        return 1 / jax.nn.sigmoid(self.w[...])
+
+    def charge(self, v, x):
+        return _leaky(v, x, self.v_reset, jax.nn.sigmoid(self.w[...].astype(v.dtype)))
+
+
+def _checked_tau(name, tau):
+    if not tau > 1:
+        raise UserError(f"{name} is {tau}; a membrane time constant is above 1 timestep, 2.0 in the paper")
+    return tau

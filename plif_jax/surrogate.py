@@ -1,0 +1,251 @@
+"""Spike functions: a Heaviside step forward, the derivative of a smooth primitive backward.
+
+A spike s = H(x) has no useful derivative. Training replaces it by the derivative of a primitive g that
+approximates H (Neftci et al., 2019, arXiv:1901.09948). Each class below is one g: `primitive` states it, `derivative`
+is its hand-written derivative, and calling the object fires. Names, formulas and default parameters are
+SpikingJelly's, so that results carry over.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.scipy.special import erfc
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spike(graphdef, params, x):
+    return (x >= 0).astype(x.dtype)
+
+
+def _forward(graphdef, params, x):
+    return _spike(graphdef, params, x), (params, x)
+
+
+def _backward(graphdef, residuals, g):
+    params, x = residuals
+    x_bar = g * nnx.merge(graphdef, params).derivative(x)
+    _, params_vjp = jax.vjp(lambda params: nnx.merge(graphdef, params).primitive(x), params)
+    return *params_vjp(g), x_bar.astype(x.dtype)
+
+
+_spike.defvjp(_forward, _backward)
+
+
+class Surrogate(nnx.Module):
+    """Base of the spike functions: s = 1 where x >= 0, else 0; ds/dx := g'(x).
+
+    A subclass states `primitive` g(x) and `derivative` g'(x); both take arrays of any shape.
+
+    Args:
+      alpha: steepness of the primitive, dimensionless.
+      learnable: makes alpha a parameter (one scalar), with gradient sum(dL/ds * dg/dalpha).
+    """
+
+    def __init__(self, alpha: float, learnable: bool = False):
+        self.alpha = nnx.Param(jnp.asarray(alpha, dtype=float)) if learnable else alpha
+
+    def primitive(self, x):
+        """The smooth function g whose derivative stands in for the spike's."""
+        raise NotImplementedError
+
+    def derivative(self, x):
+        """g'(x), written by hand so that it can be checked against the derivative of `primitive`."""
+        raise NotImplementedError
+
+    def __call__(self, x):
+        """Spikes of x = h - v_threshold, same shape and dtype."""
+        return _spike(*nnx.split(self), x)
+
+
+class ATan(Surrogate):
+    """g = atan(pi/2 alpha x) / pi + 1/2, g' = alpha / (2 (1 + (pi/2 alpha x)^2)): the paper's (Fang et al., 2021)."""
+
+    def __init__(self, alpha: float = 2.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return jnp.arctan(math.pi / 2 * self.alpha * x) / math.pi + 0.5
+
+    def derivative(self, x):
+        return self.alpha / 2 / (1 + (math.pi / 2 * self.alpha * x) ** 2)
+
+
+class Sigmoid(Surrogate):
+    """g = sigmoid(alpha x), g' = alpha g (1 - g)."""
+
+    def __init__(self, alpha: float = 4.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return jax.nn.sigmoid(self.alpha * x)
+
+    def derivative(self, x):
+        g = jax.nn.sigmoid(self.alpha * x)
+        return self.alpha * g * (1 - g)
+
+
+class PiecewiseQuadratic(Surrogate):
+    """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha (Esser et al., 2016)."""
+
+    def __init__(self, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        inside = 0.5 + self.alpha * x - 0.5 * self.alpha**2 * jnp.abs(x) * x
+        return jnp.where(jnp.abs(x) <= 1 / self.alpha, inside, (x > 0).astype(x.dtype))
+
+    def derivative(self, x):
+        return jnp.maximum(0, self.alpha - self.alpha**2 * jnp.abs(x))
+
+
+class PiecewiseExp(Surrogate):
+    """g' = alpha/2 exp(-alpha |x|) (Shrestha and Orchard, SLAYER, 2018)."""
+
+    def __init__(self, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        tail = 0.5 * jnp.exp(-self.alpha * jnp.abs(x))
+        return jnp.where(x >= 0, 1 - tail, tail)
+
+    def derivative(self, x):
+        return self.alpha / 2 * jnp.exp(-self.alpha * jnp.abs(x))
+
+
+class SoftSign(Surrogate):
+    """g = (alpha x / (1 + |alpha x|) + 1) / 2, g' = alpha / (2 (1 + |alpha x|)^2)."""
+
+    def __init__(self, alpha: float = 2.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return (jax.nn.soft_sign(self.alpha * x) + 1) / 2
+
+    def derivative(self, x):
+        return self.alpha / (2 * (1 + jnp.abs(self.alpha * x)) ** 2)
+
+
+class SuperSpike(Surrogate):
+    """g = alpha x / (1 + |x|), g' = alpha / (1 + |x|)^2 (Zenke and Ganguli, 2018)."""
+
+    def __init__(self, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return self.alpha * jax.nn.soft_sign(x)
+
+    def derivative(self, x):
+        return self.alpha / (1 + jnp.abs(x)) ** 2
+
+
+class Erf(Surrogate):
+    """g = erfc(-alpha x) / 2, g' = alpha / sqrt(pi) exp(-(alpha x)^2), a Gaussian."""
+
+    def __init__(self, alpha: float = 2.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return erfc(-self.alpha * x) / 2
+
+    def derivative(self, x):
+        return self.alpha / math.sqrt(math.pi) * jnp.exp(-((self.alpha * x) ** 2))
+
+
+class NonzeroSignLogAbs(Surrogate):
+    """g = sign(x) log(|alpha x| + 1), g' = alpha / (1 + |alpha x|)."""
+
+    def __init__(self, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return jnp.where(x >= 0, 1, -1) * jnp.log1p(jnp.abs(self.alpha * x))
+
+    def derivative(self, x):
+        return self.alpha / (1 + jnp.abs(self.alpha * x))
+
+
+class QPseudoSpike(Surrogate):
+    """g' = (1 + 2 |x| / (alpha - 1))^-alpha, heavier tails than an exponential (Herranz-Celotti and Rouat, 2022)."""
+
+    def __init__(self, alpha: float = 2.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        tail = 0.5 * (1 + 2 / (self.alpha - 1) * jnp.abs(x)) ** (1 - self.alpha)
+        return jnp.where(x >= 0, 1 - tail, tail)
+
+    def derivative(self, x):
+        return (1 + 2 / (self.alpha - 1) * jnp.abs(x)) ** (-self.alpha)
+
+
+class Rect(Surrogate):
+    """g = clip(alpha x + 1/2, 0, 1), g' = alpha where |x| < 1 / (2 alpha), else 0."""
+
+    def __init__(self, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return jnp.clip(self.alpha * x + 0.5, 0, 1)
+
+    def derivative(self, x):
+        return self.alpha * (jnp.abs(x) < 0.5 / self.alpha)
+
+
+class LogTailedReLU(Surrogate):
+    """g = alpha x below 0, x up to 1, log x + 1 above; g' = alpha, 1, 1/x (Cai et al., HWGQ, 2017)."""
+
+    def __init__(self, alpha: float = 0.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+
+    def primitive(self, x):
+        return jnp.where(x > 1, jnp.log(jnp.maximum(x, 1)) + 1, jnp.where(x > 0, x, self.alpha * x))
+
+    def derivative(self, x):
+        return jnp.where(x > 0, 1 / jnp.maximum(x, 1), self.alpha)
+
+
+class S2NN(Surrogate):
+    """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022)."""
+
+    def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+        self.beta = beta
+
+    def primitive(self, x):
+        return jnp.where(x < 0, jax.nn.sigmoid(self.alpha * x), self.beta * jnp.log1p(jnp.maximum(x, 0)) + 0.5)
+
+    def derivative(self, x):
+        g = jax.nn.sigmoid(self.alpha * x)
+        return jnp.where(x < 0, self.alpha * g * (1 - g), self.beta / (jnp.maximum(x, 0) + 1))
+
+
+class LeakyKReLU(Surrogate):
+    """g = alpha x from 0 on, leak x below; SpikingJelly calls alpha k."""
+
+    def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False):
+        super().__init__(alpha, learnable)
+        self.leak = leak
+
+    def primitive(self, x):
+        return jnp.where(x >= 0, self.alpha, self.leak) * x
+
+    def derivative(self, x):
+        return jnp.where(x >= 0, self.alpha, self.leak)
+
+
+class PiecewiseLeakyReLU(Surrogate):
+    """g' = 1 / (2 alpha) where |x| < alpha, else c; SpikingJelly calls alpha w, the half width."""
+
+    def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False):
+        super().__init__(alpha, learnable)
+        self.c = c
+
+    def primitive(self, x):
+        outside = self.c * (x - jnp.sign(x) * self.alpha) + (x > 0)
+        return jnp.where(jnp.abs(x) < self.alpha, x / (2 * self.alpha) + 0.5, outside)
+
+    def derivative(self, x):
+        return jnp.where(jnp.abs(x) < self.alpha, 1 / (2 * self.alpha), self.c)
