@@ -1,0 +1,134 @@
+"""Events to frames, as the paper integrates them.
+
+Events are (t, x, y, p) in order of time; a frame counts, per pixel and polarity, the events of one slice of them.
+"""
+
+import numpy as np
+
+from plif_jax.errors import UserError
+
+SPLIT_BY = ("number", "time")
+NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
+
+EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
+
+
+def integrate(events, height, width, T, split_by="number", normalization=None):
+    """Integrate events into T frames of counts, normalised on request.
+
+    With N events and j = 0 .. T-1, frame j takes the events [l_j, r_j):
+
+        number: l_j = j (N // T),               r_j = l_{j+1}, the last r = N
+        time:   t - t_0 in [j dt, (j+1) dt),    dt = (t_{N-1} - t_0) // T, the last frame takes the rest
+
+    so fewer than T events, or a recording shorter than T microseconds, leave all but the last frame empty.
+    Normalisation, of a frame F or of one of its channels F_p (E and Var over its pixels, eps = 1e-5):
+
+        frequency: F / max(duration, 1 us); by time the duration is dt, the last frame's dt + (t_{N-1} - t_0) mod T;
+                   by number it lasts until the next frame's first event, the last frame until its last event
+        max:       F_p / max(max F_p, eps)
+        norm:      (F_p - E F_p) / sqrt(max(Var F_p, eps))
+        sum:       F_p / max(sum F_p, eps)
+
+    This is the authors' program, finite where theirs fails: frequency by number, frames without events, sensors that
+    are not square.
+
+    Args:
+        events: structured array or mapping with integer t [N] (microseconds, not decreasing), x [N] in 0 .. width-1,
+            y [N] in 0 .. height-1, p [N].
+        height, width: the sensor's size in pixels.
+        T: number of frames.
+        split_by: "number" or "time".
+        normalization: None, "frequency" (events per microsecond), "max", "norm" or "sum".
+
+    Returns:
+        [T, height, width, 2] indexed [t, y, x, p]: int32 counts, float64 where normalised. Channel 0 counts the events
+        with p = 0, channel 1 all others.
+
+    Raises:
+        UserError: no events, times that decrease, coordinates outside the sensor, T < 1, or an unknown name.
+
+    Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
+    """
+    check_settings(T, split_by, normalization)
+    t_N = np.array(events["t"], np.int64)
+    x_N, y_N, p_N = (np.ascontiguousarray(events[name]) for name in ("x", "y", "p"))
+    check_events(t_N, x_N, y_N, height, width)
+    edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
+    durations = _durations(t_N, edges, T, split_by)
+
+    pixel_N = y_N.astype(np.int32)
+    for column_N, size in ((x_N, width), (p_N.astype(bool), 2)):
+        pixel_N *= size
+        np.add(pixel_N, column_N, out=pixel_N, casting="unsafe")
+    index_N = t_N  # the times have served: here fresh memory costs more than arithmetic
+    for j, events_of_j in enumerate(map(slice, edges, edges[1:])):
+        np.add(pixel_N[events_of_j], j * height * width * 2, out=index_N[events_of_j])
+    counts = np.zeros((T, height, width, 2), np.int32)
+    np.add.at(counts.reshape(-1), index_N, np.int32(1))
+
+    if normalization is None:
+        return counts
+    if normalization == "frequency":
+        return counts / np.maximum(durations, 1)[:, None, None, None]
+    return _normalize(counts, normalization)
+
+
+def check_settings(T, split_by, normalization):
+    """Raise UserError unless `integrate` can work with these settings."""
+    if T < 1:
+        raise UserError(f"T is {T}, but events need at least 1 frame: give T >= 1.")
+    for flag, value, allowed in (
+        ("split_by", split_by, SPLIT_BY),
+        ("normalization", normalization, NORMALIZATIONS),
+    ):
+        if value not in allowed:
+            raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
+
+
+def check_events(t_N, x_N, y_N, height, width):
+    """Raise UserError unless there are events, in order of time, inside a sensor of height x width pixels."""
+    if len(t_N) == 0:
+        raise UserError("there are no events: frames need at least one.")
+    for name, column_N, size in (("x", x_N, width), ("y", y_N, height)):
+        low, high = column_N.min(), column_N.max()
+        if not (low >= 0 and high < size):
+            outside = low if not low >= 0 else high
+            raise UserError(f"an event at {name} = {outside} lies outside the sensor of {width} x {height} pixels.")
+    backwards_N = t_N[1:] < t_N[:-1]
+    if backwards_N.any():
+        i = int(np.argmax(backwards_N)) + 1
+        raise UserError(f"events are out of order: event {i} at {t_N[i]} us follows one at {t_N[i - 1]} us.")
+
+
+def _edges_by_number(N, T):
+    """Return the T + 1 event indices between which the frames lie, with equally many events each."""
+    return np.append(np.arange(T) * (N // T), N)
+
+
+def _edges_by_time(t_N, T):
+    """Return the T + 1 event indices between which the frames lie, with equal durations."""
+    dt = (t_N[-1] - t_N[0]) // T
+    inner = np.searchsorted(t_N, t_N[0] + dt * np.arange(1, T))
+    return np.concatenate([[0], inner, [len(t_N)]])
+
+
+def _durations(t_N, edges, T, split_by):
+    """Return each frame's duration [T] in microseconds."""
+    if split_by == "number":
+        return np.diff(t_N[np.minimum(edges, len(t_N) - 1)])
+    duration = t_N[-1] - t_N[0]
+    durations = np.full(T, duration // T)
+    durations[-1] += duration % T
+    return durations
+
+
+def _normalize(counts_THWC, normalization):
+    """Normalise every frame and polarity over its own pixels."""
+    pixels = (1, 2)
+    if normalization == "max":
+        return counts_THWC / np.maximum(counts_THWC.max(pixels, keepdims=True), EPS)
+    if normalization == "sum":
+        return counts_THWC / np.maximum(counts_THWC.sum(pixels, keepdims=True), EPS)
+    mean = counts_THWC.mean(pixels, keepdims=True)
+    return (counts_THWC - mean) / np.sqrt(np.maximum(counts_THWC.var(pixels, keepdims=True), EPS))

@@ -1,0 +1,111 @@
+"""Frames against the authors' own numbers, against a plain loop, and at the edges where theirs fails."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import cases
+
+from plif_jax.data import frames
+from plif_jax.errors import UserError
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "frames.npz")
+SPECS = json.loads(str(REFERENCE["spec"]))
+
+
+def plain_loop(events, height, width, T, split_by, normalization):
+    """The definition, event by event and frame by frame."""
+    t, x, y, p = (np.asarray(events[k]).astype(int) for k in "txyp")
+    N, out = len(t), np.zeros((T, height, width, 2))
+    duration = t[-1] - t[0]
+    if split_by == "number":
+        frame_of = [min(i // (N // T), T - 1) if N >= T else T - 1 for i in range(N)]
+    else:
+        dt = duration // T
+        frame_of = [min((t[i] - t[0]) // dt, T - 1) if dt else T - 1 for i in range(N)]
+    for i, j in enumerate(frame_of):
+        out[j, y[i], x[i], 0 if p[i] == 0 else 1] += 1
+    for j in range(T):
+        mine = [i for i in range(N) if frame_of[i] == j]
+        if normalization == "frequency" and mine:
+            if split_by == "number":
+                seconds = t[min(mine[-1] + 1, N - 1)] - t[mine[0]]
+            else:
+                seconds = duration // T + (duration % T if j == T - 1 else 0)
+            out[j] /= max(seconds, 1)
+        for c in range(2):
+            f = out[j, :, :, c]
+            if normalization == "max":
+                f /= max(f.max(), 1e-5)
+            elif normalization == "sum":
+                f /= max(f.sum(), 1e-5)
+            elif normalization == "norm":
+                f[...] = (f - f.mean()) / np.sqrt(max(f.var(), 1e-5))
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s['split_by']}-{s['normalization']}")
+def test_the_authors_frames(spec):
+    events = cases.events(spec["seed"], spec["n"], spec["size"], spec["size"], spec["duration"])
+    got = frames.integrate(events, spec["size"], spec["size"], spec["frames"], spec["split_by"], spec["normalization"])
+    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), REFERENCE[f"{spec['index']}_frames"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("split_by", frames.SPLIT_BY)
+@pytest.mark.parametrize("normalization", frames.NORMALIZATIONS)
+@pytest.mark.parametrize("N, T, duration", [(1003, 7, 50_000), (60, 20, 900), (5, 8, 3), (1, 3, 10), (40, 6, 1)])
+def test_against_a_plain_loop_on_an_oblong_sensor(split_by, normalization, N, T, duration):
+    events = cases.events(11, N, 9, 13, duration)
+    got = frames.integrate(events, 9, 13, T, split_by, normalization)
+    assert got.shape == (T, 9, 13, 2)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, plain_loop(events, 9, 13, T, split_by, normalization), rtol=1e-12, atol=1e-12)
+
+
+def test_empty_time_bins_leave_empty_frames_and_lose_nothing():
+    events = {"t": [0, 1, 2, 99, 1007], "x": [0, 0, 0, 1, 2], "y": [0] * 5, "p": [0, 1, 2, 0, 1]}
+    got = frames.integrate(events, 2, 3, T=10, split_by="time")
+    assert got.sum((1, 2, 3)).tolist() == [4, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert got[0, 0, 0].tolist() == [1, 2], "polarity 0 in channel 0, all others in channel 1"
+
+
+def test_a_structured_array_of_narrow_unsigned_types():
+    plain = cases.events(3, 500, 100, 200, 9000)
+    dtype = np.dtype([("x", "u1"), ("y", "u1"), ("p", "?"), ("t", "u4")])
+    packed = np.empty(500, dtype)
+    for name in "txyp":
+        packed[name] = plain[name]
+    for split_by in frames.SPLIT_BY:
+        np.testing.assert_array_equal(
+            frames.integrate(packed, 100, 200, 5, split_by), frames.integrate(plain, 100, 200, 5, split_by)
+        )
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"x": [0, 40]}, "x = 40 lies outside the sensor of 32 x 24"),
+        ({"y": [24, 0]}, "y = 24 lies outside"),
+        ({"y": [0, -1]}, "y = -1 lies outside"),
+        ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
+        ({"t": [], "x": [], "y": [], "p": []}, "no events"),
+    ],
+)
+def test_bad_events_are_named(change, says):
+    events = {"t": [8, 9], "x": [0, 1], "y": [0, 1], "p": [0, 1]} | change
+    with pytest.raises(UserError, match=says):
+        frames.integrate(events, 24, 32, 4)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"T": 0}, "T is 0"),
+        ({"T": 2, "split_by": "size"}, "split_by is 'size'; allowed are number, time"),
+        ({"T": 2, "normalization": "mean"}, "allowed are None, frequency, max, norm, sum"),
+    ],
+)
+def test_bad_settings_are_named(settings, says):
+    with pytest.raises(UserError, match=says):
+        frames.integrate({"t": [1], "x": [0], "y": [0], "p": [0]}, 2, 2, **settings)
