@@ -1,17 +1,18 @@
 """The data set that needs no download: scikit-learn's digits, seen by a simulated event camera.
 
-Each of the 1797 handwritten digits is shown to a 34 x 34 sensor that makes the three saccades of N-MNIST. The recordings
-are written once, as N-MNIST's own files, so that everything after them is the path of real data.
+Each of the 1797 handwritten digits is shown to a 34 x 34 sensor that makes the three saccades of N-MNIST. The
+recordings are written once, as N-MNIST's own files, so that everything after them is the path of real data.
 """
 
+import itertools
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
 
+from plif_jax.data import storage
 from plif_jax.errors import UserError
 
 SIZE = 34  # pixels, each side of the sensor
@@ -31,18 +32,12 @@ def ensure(cache_dir):
     folder = Path(cache_dir) / "digits-1"  # the number changes with the camera
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="digits-partial-", dir=folder.parent))
-    try:
-        _write_all(partial)
-        os.rename(partial, folder)
-    except OSError as error:
-        if not folder.exists():  # where it exists, another program was faster, and its files are the same
-            raise UserError(
-                f"{folder} could not be written: {error.strerror}. Free space or choose a cache_dir."
-            ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_suffix(".partial")
+    with storage.locked(folder.with_suffix(".lock")), storage.writing(folder):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            _write_all(partial)
+            os.rename(partial, folder)
     return folder
 
 
@@ -112,16 +107,16 @@ def record(images_N88):
 
 
 def _path():
-    """Return where the camera looks, [K, 2] pixels, and when, [K] microseconds: it starts and ends each saccade slowly."""
+    """Return where the camera looks, [K, 2] pixels, and when, [K] microseconds; saccades start and end slowly."""
     fraction = np.arange(1, STEPS + 1) / STEPS
     eased = (1 - np.cos(np.pi * fraction))[:, None] / 2
-    legs = [a + (b - a) * eased for a, b in zip(CORNERS, CORNERS[1:], strict=False)]
+    legs = [a + (b - a) * eased for a, b in itertools.pairwise(CORNERS)]
     times = [SACCADE * (leg + fraction) for leg in range(len(legs))]
     return np.concatenate([CORNERS[:1], *legs]), np.concatenate([[0], *times])
 
 
 def _lens(shift):
-    """Return the [SIZE, 8] weights with which a row of a digit, moved by `shift` pixels, falls on a row of the sensor."""
+    """Return the [SIZE, 8] weights with which a digit, moved by `shift` pixels, falls on the sensor."""
     place = (np.arange(SIZE) - (SIZE - 1) / 2 - shift) / MAGNIFICATION + 3.5
     distance = np.minimum(np.abs(place[:, None] - np.arange(8)), 1)
     return (1 + np.cos(np.pi * distance)) / 2
