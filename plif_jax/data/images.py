@@ -1,0 +1,68 @@
+"""MNIST, Fashion-MNIST and CIFAR-10 as arrays: from the user's own files where there are any, else from tfds."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from plif_jax.data import image_files
+from plif_jax.data.dataset import Dataset, Split, default_cache_dir
+from plif_jax.errors import UserError
+
+
+def load(
+    name: str, data_root: str | Path | None = None, cache_dir: str | Path | None = None, *, progress: bool = True
+) -> Dataset:
+    """Loads one of the three image sets into memory.
+
+    Official files under `data_root` are read where they lie, and nothing is written there: reading them takes a second,
+    so record files of them would only be a copy. Where there are none, the set is downloaded, checked and prepared once
+    through tensorflow-datasets (`tfds_builders`). Both ways give the same arrays in the same order.
+
+    Under `data_root` the files may lie in the folder itself or below it in folders called as the set is, in any case
+    and with or without `-` and `_`: `MNIST/MNIST/raw`, `fashion_mnist`, `CIFAR10/cifar-10-batches-py`. The first folder
+    with an official file is taken, and what it lacks is lacking: see `Split.found`.
+
+    Args:
+        name: MNIST, FashionMNIST or CIFAR10.
+        data_root: where the user keeps data sets, or None.
+        cache_dir: for downloads and record files; `default_cache_dir()` if None.
+        progress: whether to show progress bars in a first preparation.
+
+    Returns:
+        The set, with `x` `[N, H, W, C]` uint8 and `y` `[N]` int32 in each split.
+
+    Raises:
+        UserError: if `data_root` is no folder, a file is damaged, or the set cannot be downloaded or prepared.
+    """
+    folder, files = _find(name, Path(data_root).expanduser()) if data_root is not None else (None, {})
+    if files:
+        splits = image_files.read(name, files)
+    else:
+        if data_root is not None:
+            print(f"{name}: none of its official files are in {data_root}")
+        from plif_jax.data import tfds_builders  # half a second to import, and seldom needed
+
+        splits, folder = tfds_builders.load(name, Path(cache_dir or default_cache_dir()), progress=progress)
+    expected = image_files.EXPECTED[name]
+    train, test = (Split(*splits[split], found=len(splits[split][1]), expected=expected[split]) for split in expected)
+    return Dataset(name, train, test, source=str(folder))
+
+
+def _find(name: str, root: Path) -> tuple[Path | None, dict[str, Path]]:
+    """The first folder under root with official files of the set, and those files by name."""
+    if not root.is_dir():
+        raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
+    for folder in _folders(name, root, depth=3):
+        files = {file: folder / file for file in image_files.official_names(name) if (folder / file).is_file()}
+        if files:
+            return folder, files
+    return None, {}
+
+
+def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
+    """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
+    telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
+    for child in sorted(root.iterdir()) if depth else ():
+        if re.sub("[-_]", "", child.name.lower()) in telling and child.is_dir():
+            yield from _folders(name, child, depth - 1)
+    yield root
