@@ -5,8 +5,9 @@ manager with its checksums, the record files (ArrayRecord) and the data source t
 """
 
 import contextlib
-import fcntl
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager, downloader, util
 
 from plif_jax.catalog import DATASETS
-from plif_jax.data import image_files
+from plif_jax.data import image_files, storage
 from plif_jax.errors import UserError
 
 SOURCES = {
@@ -99,31 +100,19 @@ def load(name: str, cache_dir: Path, *, progress: bool = True) -> tuple[dict[str
     home = cache_dir.expanduser().absolute() / "tensorflow_datasets"
     builder = Images(config=name, data_dir=home)
     if not builder.data_path.exists():
-        try:
-            builder = _prepare(name, home, progress)
-        except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as a RuntimeError
-            why = "the disk is full" if "No space left" in str(error) else error
-            raise UserError(
-                f"{name} cannot be prepared in {home} ({why}): mend that or choose another cache_dir"
-            ) from error
+        builder = _prepare(name, home, progress)
     folder = Path(builder.data_path)
     return {split: _read(builder, split, folder) for split in image_files.EXPECTED[name]}, folder
 
 
 def _prepare(name: str, home: Path, progress: bool) -> "Images":
     """Downloads a set and writes its record files, unless another program has just done it."""
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / f"{name}.lock", "w") as lock:  # let go when this program ends, however it ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{name}: waiting for another program that is preparing it in {home}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with storage.locked(home / f"{name}.lock"), storage.writing(home):
         builder = Images(config=name, data_dir=home)
         if not builder.data_path.exists():
             downloads = home / "downloads" / name
             for leftover in (*Path(builder.data_path).parent.glob("incomplete.*"), *downloads.glob("**/*.tmp.*")):
-                shutil.rmtree(leftover)  # of a program that was killed; we hold the lock, so nobody is writing there
+                shutil.rmtree(leftover)  # of a program that was killed: we hold the lock, so nobody is writing there
             size = sum(size for size, _ in SOURCES[name][1].values())
             print(f"{name}: downloading {_mebibytes(size)} from {SOURCES[name][0]} to {downloads}")
             _download_and_prepare(builder, downloads, progress)
@@ -150,6 +139,10 @@ def _download_and_prepare(builder: "Images", downloads: Path, progress: bool) ->
     except download_manager.NonMatchingChecksumError as error:
         what = str(error).splitlines()[0].rstrip(":")
         raise UserError(f"{what}: it is not used; try again, or {by_hand}") from error
+    except (OSError, RuntimeError) as error:  # tfds and ArrayRecord pass a full disk on in words, without its number
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 @contextlib.contextmanager
