@@ -88,10 +88,17 @@ def norm(net, shape, rngs):
 
 
 def neuron(net, shape, rngs):
-    """PLIF, or LIF with tau = init_tau."""
-    settings = dict(detach_reset=net.detach_reset, surrogate=surrogate.ATan(learnable=net.alpha_learnable))
-    kind = neurons.PLIF if net.use_plif else neurons.LIF
-    return kind(net.init_tau, **settings), shape
+    """PLIF, or LIF with tau = init_tau.
+
+    w and alpha are float32 whatever the rest is: the paper's program declares them so, and under float64 the rounding
+    of sigmoid(w) decides which neurons at the threshold fire.
+    """
+    atan = surrogate.ATan(learnable=net.alpha_learnable, param_dtype=jnp.float32)
+    if net.use_plif:
+        layer = neurons.PLIF(net.init_tau, param_dtype=jnp.float32, detach_reset=net.detach_reset, surrogate=atan)
+    else:
+        layer = neurons.LIF(net.init_tau, detach_reset=net.detach_reset, surrogate=atan)
+    return layer, shape
 
 
 def pool(net, shape, rngs):

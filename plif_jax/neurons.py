@@ -132,6 +132,24 @@ class IF(Neuron):
         return v + x
 
 
+@jax.custom_vjp
+def _sigmoid(w):
+    """sigmoid(w), its gradient multiplied in PyTorch's order: w is float32, and the last bit of its gradient counts."""
+    return jax.nn.sigmoid(w)
+
+
+def _sigmoid_forward(w):
+    k = _sigmoid(w)
+    return k, k
+
+
+def _sigmoid_backward(k, g):
+    return (g * (1 - k) * k,)
+
+
+_sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
+
+
 def _leaky(v, x, v_reset, k):
     return v + (x - (v - (v_reset or 0.0))) * k
 
@@ -161,12 +179,13 @@ class PLIF(Neuron):
 
     Args:
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).
+      param_dtype: of w.
       (others as in `Neuron`)
     """
 
-    def __init__(self, init_tau: float = 2.0, **kwargs):
+    def __init__(self, init_tau: float = 2.0, *, param_dtype=float, **kwargs):
         super().__init__(**kwargs)
-        self.w = nnx.Param(jnp.asarray(-math.log(_checked_tau("init_tau", init_tau) - 1), dtype=float))
+        self.w = nnx.Param(jnp.asarray(-math.log(_checked_tau("init_tau", init_tau) - 1), param_dtype))
 
     @property
     def tau(self):
@@ -174,7 +193,7 @@ class PLIF(Neuron):
         return 1 / jax.nn.sigmoid(self.w[...])
 
     def charge(self, v, x):
-        return _leaky(v, x, self.v_reset, jax.nn.sigmoid(self.w[...].astype(v.dtype)))
+        return _leaky(v, x, self.v_reset, _sigmoid(self.w[...]).astype(v.dtype))
 
 
 def _checked_tau(name, tau):

@@ -26,9 +26,11 @@ def _forward(graphdef, params, x):
 
 def _backward(graphdef, residuals, g):
     params, x = residuals
-    x_bar = g * nnx.merge(graphdef, params).derivative(x)
-    _, params_vjp = jax.vjp(lambda params: nnx.merge(graphdef, params).primitive(x), params)
-    return *params_vjp(g), x_bar.astype(x.dtype)
+    surrogate = nnx.merge(graphdef, params)
+    x_bar = (g * surrogate.derivative(x)).astype(x.dtype)
+    # `params` holds alpha where it is learned, and nothing else.
+    params_bar = jax.tree.map(lambda alpha: jnp.sum(g * surrogate.alpha_derivative(x)).astype(alpha.dtype), params)
+    return params_bar, x_bar
 
 
 _spike.defvjp(_forward, _backward)
@@ -42,10 +44,11 @@ class Surrogate(nnx.Module):
     Args:
       alpha: steepness of the primitive, dimensionless.
       learnable: makes alpha a parameter (one scalar), with gradient sum(dL/ds * dg/dalpha).
+      param_dtype: of alpha where it is a parameter.
     """
 
-    def __init__(self, alpha: float, learnable: bool = False):
-        self.alpha = nnx.Param(jnp.asarray(alpha, dtype=float)) if learnable else alpha
+    def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
+        self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else alpha
 
     def primitive(self, x):
         """The smooth function g whose derivative stands in for the spike's."""
@@ -55,6 +58,12 @@ class Surrogate(nnx.Module):
         """g'(x), written by hand so that it can be checked against the derivative of `primitive`."""
         raise NotImplementedError
 
+    def alpha_derivative(self, x):
+        """dg/dalpha at x; by autodiff of `primitive` unless a subclass knows better."""
+        graphdef, params = nnx.split(self)
+        tangent = jax.tree.map(jnp.ones_like, params)
+        return jax.jvp(lambda params: nnx.merge(graphdef, params).primitive(x), (params,), (tangent,))[1]
+
     def __call__(self, x):
         """Spikes of x = h - v_threshold, same shape and dtype."""
         return _spike(*nnx.split(self), x)
@@ -63,8 +72,8 @@ class Surrogate(nnx.Module):
 class ATan(Surrogate):
     """g = atan(pi/2 alpha x) / pi + 1/2, g' = alpha / (2 (1 + (pi/2 alpha x)^2)): the paper's (Fang et al., 2021)."""
 
-    def __init__(self, alpha: float = 2.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return jnp.arctan(math.pi / 2 * self.alpha * x) / math.pi + 0.5
@@ -72,12 +81,16 @@ class ATan(Surrogate):
     def derivative(self, x):
         return self.alpha / 2 / (1 + (math.pi / 2 * self.alpha * x) ** 2)
 
+    def alpha_derivative(self, x):
+        # Autodiff agrees, but rounds twice in alpha's dtype; the sums over a layer cancel, so that would show.
+        return x / 2 / (1 + (math.pi / 2 * self.alpha * x) ** 2)
+
 
 class Sigmoid(Surrogate):
     """g = sigmoid(alpha x), g' = alpha g (1 - g)."""
 
-    def __init__(self, alpha: float = 4.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 4.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return jax.nn.sigmoid(self.alpha * x)
@@ -90,8 +103,8 @@ class Sigmoid(Surrogate):
 class PiecewiseQuadratic(Surrogate):
     """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha (Esser et al., 2016)."""
 
-    def __init__(self, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         inside = 0.5 + self.alpha * x - 0.5 * self.alpha**2 * jnp.abs(x) * x
@@ -104,8 +117,8 @@ class PiecewiseQuadratic(Surrogate):
 class PiecewiseExp(Surrogate):
     """g' = alpha/2 exp(-alpha |x|) (Shrestha and Orchard, SLAYER, 2018)."""
 
-    def __init__(self, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         tail = 0.5 * jnp.exp(-self.alpha * jnp.abs(x))
@@ -118,8 +131,8 @@ class PiecewiseExp(Surrogate):
 class SoftSign(Surrogate):
     """g = (alpha x / (1 + |alpha x|) + 1) / 2, g' = alpha / (2 (1 + |alpha x|)^2)."""
 
-    def __init__(self, alpha: float = 2.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return (jax.nn.soft_sign(self.alpha * x) + 1) / 2
@@ -131,8 +144,8 @@ class SoftSign(Surrogate):
 class SuperSpike(Surrogate):
     """g = alpha x / (1 + |x|), g' = alpha / (1 + |x|)^2 (Zenke and Ganguli, 2018)."""
 
-    def __init__(self, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return self.alpha * jax.nn.soft_sign(x)
@@ -144,8 +157,8 @@ class SuperSpike(Surrogate):
 class Erf(Surrogate):
     """g = erfc(-alpha x) / 2, g' = alpha / sqrt(pi) exp(-(alpha x)^2), a Gaussian."""
 
-    def __init__(self, alpha: float = 2.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return erfc(-self.alpha * x) / 2
@@ -157,8 +170,8 @@ class Erf(Surrogate):
 class NonzeroSignLogAbs(Surrogate):
     """g = sign(x) log(|alpha x| + 1), g' = alpha / (1 + |alpha x|)."""
 
-    def __init__(self, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return jnp.where(x >= 0, 1, -1) * jnp.log1p(jnp.abs(self.alpha * x))
@@ -170,8 +183,8 @@ class NonzeroSignLogAbs(Surrogate):
 class QPseudoSpike(Surrogate):
     """g' = (1 + 2 |x| / (alpha - 1))^-alpha, heavier tails than an exponential (Herranz-Celotti and Rouat, 2022)."""
 
-    def __init__(self, alpha: float = 2.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         tail = 0.5 * (1 + 2 / (self.alpha - 1) * jnp.abs(x)) ** (1 - self.alpha)
@@ -184,8 +197,8 @@ class QPseudoSpike(Surrogate):
 class Rect(Surrogate):
     """g = clip(alpha x + 1/2, 0, 1), g' = alpha where |x| < 1 / (2 alpha), else 0."""
 
-    def __init__(self, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return jnp.clip(self.alpha * x + 0.5, 0, 1)
@@ -197,8 +210,8 @@ class Rect(Surrogate):
 class LogTailedReLU(Surrogate):
     """g = alpha x below 0, x up to 1, log x + 1 above; g' = alpha, 1, 1/x (Cai et al., HWGQ, 2017)."""
 
-    def __init__(self, alpha: float = 0.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 0.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
 
     def primitive(self, x):
         return jnp.where(x > 1, jnp.log(jnp.maximum(x, 1)) + 1, jnp.where(x > 0, x, self.alpha * x))
@@ -210,8 +223,8 @@ class LogTailedReLU(Surrogate):
 class S2NN(Surrogate):
     """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022)."""
 
-    def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
         self.beta = beta
 
     def primitive(self, x):
@@ -225,8 +238,8 @@ class S2NN(Surrogate):
 class LeakyKReLU(Surrogate):
     """g = alpha x from 0 on, leak x below; SpikingJelly calls alpha k."""
 
-    def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
         self.leak = leak
 
     def primitive(self, x):
@@ -239,8 +252,8 @@ class LeakyKReLU(Surrogate):
 class PiecewiseLeakyReLU(Surrogate):
     """g' = 1 / (2 alpha) where |x| < alpha, else c; SpikingJelly calls alpha w, the half width."""
 
-    def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False):
-        super().__init__(alpha, learnable)
+    def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
         self.c = c
 
     def primitive(self, x):
