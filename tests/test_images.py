@@ -157,6 +157,12 @@ def test_an_incomplete_set_is_used_as_it_is(tmp_path, monkeypatch):
     assert dataset.test.x.shape == (0, 32, 32, 3)
 
 
+def test_binary_batches_are_preferred_to_pickles(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "cifar-10-batches-bin", monkeypatch)
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3").write_bytes(b"not the official pickle")
+    assert_is_the_small_set(images.load("CIFAR10", tmp_path), (32, 32, 3))
+
+
 def test_the_set_itself_is_preferred_to_files_of_the_same_names(tmp_path):
     write_idx_set(tmp_path / "fashion_mnist")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"another set's")
@@ -175,20 +181,25 @@ def claims(*sizes):
     return idx(np.zeros((1, 28, 28), np.uint8)).replace(struct.pack(">3I", 1, 28, 28), struct.pack(">3I", *sizes))
 
 
+WHOLE = idx(np.zeros((TRAIN, 28, 28), np.uint8))
+ZIPPED = gzip.compress(WHOLE, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (gzip.compress(idx(np.zeros((60, 28, 28), np.uint8)))[:60], "is truncated or damaged"),
-        (gzip.compress(idx(np.zeros((60, 28, 28), np.uint8)))[:-8] + b"8 bytes.", "is truncated or damaged"),
-        (b"\x1f\x8bnot gzip after all", "is truncated or damaged"),
-        (idx(np.zeros((60, 28, 28), np.uint8))[:9], "is truncated or damaged"),
-        (b"", "is truncated or damaged"),
-        (idx(np.zeros((60, 28, 28), np.uint8))[:-1], "holds less than its header says"),
-        (idx(np.zeros((60, 28, 28), np.uint8)) + b"\0", "holds more than its header says"),
-        (idx(np.zeros(60, np.uint8)) + bytes(99), "is no idx file of images or labels"),
-        (claims(4_000_000_000, 28, 28), r"claims the shape \[4000000000, 28, 28\]"),
-        (claims(60, 65535, 65535), r"claims the shape \[60, 65535, 65535\]"),
-        (claims(0, 28, 28), r"claims the shape \[0, 28, 28\]"),
+        pytest.param(ZIPPED[:60], "is truncated or damaged", id="gzip cut"),
+        pytest.param(ZIPPED[:-8] + b"8 bytes.", "is truncated or damaged", id="gzip checksum"),
+        pytest.param(ZIPPED[:10] + b"\xff" * 50, "is truncated or damaged", id="gzip content"),
+        pytest.param(b"\x1f\x8bnot gzip", "is truncated or damaged", id="gzip header"),
+        pytest.param(WHOLE[:9], "is truncated or damaged", id="idx header cut"),
+        pytest.param(b"", "is truncated or damaged", id="empty"),
+        pytest.param(WHOLE[:-1], "holds less than its header says", id="a byte less"),
+        pytest.param(WHOLE + b"\0", "holds more than its header says", id="a byte more"),
+        pytest.param(idx(np.zeros(TRAIN, np.uint8)) + bytes(99), "is no idx file of images or labels", id="magic"),
+        pytest.param(claims(4_000_000_000, 28, 28), r"claims the shape \[4000000000, 28, 28\]", id="too many"),
+        pytest.param(claims(TRAIN, 65535, 65535), r"claims the shape \[60, 65535, 65535\]", id="too large"),
+        pytest.param(claims(0, 28, 28), r"claims the shape \[0, 28, 28\]", id="none"),
     ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path, data, says):
@@ -224,11 +235,11 @@ def test_the_labels_tell_fashion_mnist_from_mnist(tmp_path, monkeypatch):
     assert images.load("FashionMNIST", tmp_path).train.found == TRAIN
 
 
-@pytest.mark.parametrize("data", [b"", bytes(3073 * 2 - 1), bytes(3073 * 10_001)])
-def test_a_cifar_batch_of_the_wrong_length_is_named(tmp_path, data):
+@pytest.mark.parametrize("length", [0, 3073 * 2 - 1, 3073 * 10_001])
+def test_a_cifar_batch_of_the_wrong_length_is_named(tmp_path, length):
     file = tmp_path / "data_batch_1.bin"
-    file.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{file} has {len(data)} bytes: a batch has 3073 for each image"):
+    file.write_bytes(bytes(length))
+    with pytest.raises(UserError, match=f"^{file} has {length} bytes: a batch has 3073 for each image"):
         images.load("CIFAR10", tmp_path)
 
 
@@ -262,6 +273,13 @@ def test_a_truncated_archive_is_named(tmp_path, monkeypatch, keep):
     file = tmp_path / "cifar-10-binary.tar.gz"
     write_cifar(tmp_path, file.name, monkeypatch)
     file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"^{file} is truncated or damaged"):
+        images.load("CIFAR10", tmp_path)
+
+
+def test_an_archive_of_something_else_is_named(tmp_path):
+    file = tmp_path / "cifar-10-python.tar.gz"
+    file.write_bytes(gzip.compress(b"<html>not found</html>" * 100))
     with pytest.raises(UserError, match=f"^{file} is truncated or damaged"):
         images.load("CIFAR10", tmp_path)
 
@@ -387,6 +405,7 @@ def test_an_interrupted_preparation_continues_with_what_was_downloaded(tmp_path,
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("write() failed: No space left on device; writing images-train.array_record"),  # ArrayRecord's
     ],
+    ids=["operating system", "ArrayRecord"],
 )
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, site, monkeypatch, failure):
     def full(self, x, y):
@@ -401,7 +420,14 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, site, monkeypa
     assert len(site.requests) == 4
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:500])])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda file: file.unlink(), id="gone"),
+        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:500]), id="cut"),
+        pytest.param(lambda file: file.write_bytes(bytes(len(file.read_bytes()))), id="overwritten"),
+    ],
+)
 def test_damaged_record_files_are_named(tmp_path, site, damage):
     load(tmp_path / "cache")
     folder = record_folder(tmp_path / "cache")
