@@ -20,14 +20,16 @@ def locked(path):
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    with file:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"Another program is writing {path.with_suffix('')}: waiting for it.", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -61,7 +63,12 @@ def replacing(path):
             partial.unlink(missing_ok=True)
 
 
-def save(path, array):
-    """Save an array as `path`, all of it or nothing."""
+def save(path, parts):
+    """Save arrays, one after the other along their first axis, as the one array file `path`: all of it or nothing."""
+    dtype = np.result_type(*parts)
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with replacing(path) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:  # not with tofile, which hides that a disk is full
+            file.write(np.ascontiguousarray(part, dtype).data)

@@ -1,0 +1,198 @@
+"""Recordings to arrays of frames on disk: prepared once, by all cores, and never half.
+
+A prepared set is a folder with `train.npy`, `test.npy` and `record.json`, which says what they were made from. It is
+made in parts of some hundred recordings: a part is a whole file or none, and an interrupted preparation goes on from
+the parts that are there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import plif_jax
+from plif_jax.data import event_readers, frames, storage
+from plif_jax.errors import UserError
+
+FORMAT = 1  # of the prepared arrays; counts up when the same recordings would give others
+PART_BYTES, PART_RECORDINGS = 32 << 20, 256  # at most so much in a part, so that little is lost and memory stays small
+ALONE_BYTES = 64 << 20  # so few bytes of recordings are read sooner than workers have started
+
+
+def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, progress=True):
+    """Give the frames of every recording, from the cache or made now.
+
+    Args:
+        name: the data set's name, for people.
+        recordings: {"train": [...], "test": [...]}, each a list of `recordings.Recording`.
+        sensor: height, width.
+        cache_dir: where prepared sets are kept.
+        T, split_by, normalization: as `frames.integrate` has them.
+        progress: whether to show a bar.
+
+    Returns:
+        {"train": x, "test": x}, memory maps [N, T, H, W, 2] of the smallest unsigned integers that hold the counts,
+        float32 where normalised; and the folder they lie in.
+
+    Raises:
+        UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.
+    """
+    settings = {"T": T, "split_by": split_by, "normalization": normalization, "sensor": list(sensor)}
+    record = {"format": FORMAT, **settings} | {
+        split: {"recordings": len(ours), "sha256": _digest(ours)} for split, ours in recordings.items()
+    }
+    key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
+    folder = Path(cache_dir) / "frames" / f"{name}_T_{T}_split_by_{split_by}_normalization_{normalization}_{key}"
+    if not _complete(folder):
+        with storage.locked(folder.with_name(folder.name + ".lock")):
+            if not _complete(folder):
+                _make(folder, recordings, settings, record, progress and name)
+    return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in recordings}, folder
+
+
+def make_part(job):
+    """Integrate the recordings of one part and save it: what a worker does.
+
+    Args:
+        job: {"path", "recordings", "T", "split_by", "normalization", "sensor"}, as JSON can carry it.
+    """
+    height, width = job["sensor"]
+    normalization = job["normalization"]
+    dtype = np.uint8 if normalization is None else np.float32
+    part = np.empty((len(job["recordings"]), job["T"], height, width, 2), dtype)
+    for i, (path, _, start, end) in enumerate(job["recordings"]):
+        events = event_readers.read_once(path)
+        if end is not None:
+            events = events[(events["t"] >= start) & (events["t"] < end)]
+        try:
+            x_THWC = frames.integrate(events, height, width, job["T"], job["split_by"], normalization)
+        except UserError as error:
+            cut = "" if end is None else f" between {start} and {end} us"
+            raise UserError(f"{path}{cut}: {error}") from None
+        if normalization is None and x_THWC.max() > np.iinfo(part.dtype).max:
+            part = part.astype(np.min_scalar_type(x_THWC.max()))
+        part[i] = x_THWC
+    storage.save(job["path"], [part])
+
+
+def _digest(recordings):
+    """Digest which recordings these are: name, size, time of change, label and cut of each, not where they lie."""
+    digest = hashlib.sha256()
+    stats = {}
+    for path, *rest in recordings:
+        if path not in stats:
+            stat = os.stat(path)
+            stats[path] = [*Path(path).parts[-3:], stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps([*stats[path], *rest]).encode())
+    return digest.hexdigest()
+
+
+def _complete(folder):
+    """Whether `folder` holds a set that was finished and is still as it was then."""
+    try:
+        sizes = json.loads((folder / "record.json").read_text())["bytes"]
+        return all((folder / file).stat().st_size == size for file, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _make(folder, recordings, settings, record, name):
+    """Make the parts that are missing, join them, and write the record last; `name` titles the bar, False: none."""
+    with storage.writing(folder):
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob("**/*.partial"):  # of a killed program: we hold the lock
+        partial.unlink()
+    jobs = {split: _jobs(folder / "parts" / split, ours, settings) for split, ours in recordings.items()}
+    total = sum(map(len, recordings.values()))
+    with tqdm(total=total, desc=f"preparing {name}", unit=" recordings", disable=not name) as bar:
+        missing = []
+        for job in [*jobs["train"], *jobs["test"]]:
+            if _is_made(job):
+                bar.update(len(job["recordings"]))
+            else:
+                missing.append(job)
+        _run(missing, lambda job: bar.update(len(job["recordings"])))
+    sizes = {}
+    for split in recordings:
+        storage.save(folder / f"{split}.npy", [np.load(job["path"], mmap_mode="r") for job in jobs[split]])
+        sizes[f"{split}.npy"] = (folder / f"{split}.npy").stat().st_size
+    versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
+    with storage.replacing(folder / "record.json") as file:
+        file.write(json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2).encode())
+    shutil.rmtree(folder / "parts")
+    if name:
+        print(f"{name}: frames are kept in {folder}, {sum(sizes.values()) / 1e6:.0f} MB")
+
+
+def _jobs(prefix, recordings, settings):
+    """Divide recordings into parts."""
+    bytes_each = settings["T"] * settings["sensor"][0] * settings["sensor"][1] * 2
+    size = max(1, min(PART_RECORDINGS, PART_BYTES // bytes_each))
+    return [
+        {"path": f"{prefix}-{first:06d}.npy", "recordings": recordings[first : first + size], **settings}
+        for first in range(0, len(recordings), size)
+    ]
+
+
+def _is_made(job):
+    """Whether the part of a job lies there whole."""
+    try:
+        return len(np.load(job["path"], mmap_mode="r")) == len(job["recordings"])
+    except (OSError, ValueError):
+        return False
+
+
+def _run(jobs, done):
+    """Do jobs, on all cores if they are many, and call `done` with each; stop at the first that fails."""
+    if sum(os.path.getsize(path) for path in {r[0] for job in jobs for r in job["recordings"]}) < ALONE_BYTES:
+        for job in jobs:
+            make_part(job)
+            done(job)
+        return
+    waiting, lock, errors = list(reversed(jobs)), threading.Lock(), []
+
+    def next_job():
+        with lock:
+            return waiting.pop() if waiting and not errors else None
+
+    def drive_a_worker(_):
+        # Plain programs rather than multiprocessing: that would import the caller's script once more in every worker,
+        # or fork a process in which JAX runs threads.
+        command = [sys.executable, "-m", "plif_jax.data.event_worker"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_env()) as worker:
+            while (job := next_job()) is not None:
+                try:
+                    worker.stdin.write(json.dumps(job) + "\n")
+                    worker.stdin.flush()
+                except BrokenPipeError:
+                    pass  # the worker has ended: its answer is empty
+                answer = worker.stdout.readline()
+                error = json.loads(answer)["error"] if answer else "a worker ended early: is there enough memory?"
+                if error:
+                    errors.append(error)
+                    return
+                with lock:
+                    done(job)
+
+    with ThreadPoolExecutor(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
+        try:
+            list(pool.map(drive_a_worker, range(pool._max_workers)))
+        except BaseException as error:  # Ctrl-C, say: let workers finish the part they are at, and no other
+            errors.append(repr(error))
+            raise
+    if errors:
+        raise UserError(errors[0])
+
+
+def _env():
+    """Return an environment in which a worker imports this plif_jax."""
+    ours = str(Path(plif_jax.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))}

@@ -1,0 +1,145 @@
+"""Recordings of event cameras, one file at a time, as events in order of time.
+
+Coordinates are as the paper's program sees them, x to the right and y down the frame. Where tonic's reader is right
+it is used. Its `read_dvs_128` and `read_dvs_ibm` fail with the header reader of the same release (1.7), and it takes
+every packet of an AEDAT 3.1 file for polarity events and believes any packet size; here NumPy reads such files.
+"""
+
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tonic import io
+
+from plif_jax.errors import UserError
+
+EVENTS = np.dtype([("x", "i8"), ("y", "i8"), ("t", "i8"), ("p", "i8")])  # in the order that tonic fills it
+POLARITY_EVENTS = 1  # the AEDAT 3.1 packet type
+
+
+def read(path: str | Path) -> np.ndarray:
+    """Read all events of a recording.
+
+    The name's ending tells the form: `.bin`, `.bs2` (N-MNIST's 5 bytes an event), `.aedat` (AEDAT 2.0 of a DVS128, or
+    AEDAT 3.1), `.aedat4` (CIFAR10-DVS as tonic has it), `.npy` (DVS128 Gesture as tonic has it), `.mat` (ASL-DVS).
+
+    Returns:
+        Structured array with t in microseconds, x, y, p; times and coordinates are not checked here.
+
+    Raises:
+        UserError: the file is empty, truncated or not of its form; the message names it.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise UserError("the file is empty")
+        return READERS[path.suffix](path)
+    except ImportError:
+        raise UserError(f"{path}: reading {path.suffix} files needs the package aedat: pip install aedat.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
+    except Exception as error:  # the readers of tonic, NumPy, SciPy and aedat fail in many ways on a damaged file
+        raise UserError(f"{path}: not a readable {path.suffix} recording ({error}).") from None
+
+
+@lru_cache(maxsize=1)
+def read_once(path: str | Path) -> np.ndarray:
+    """Read as `read` does, but keep the last recording: a DVS128 Gesture file is cut into a dozen samples."""
+    return read(path)
+
+
+def _five_bytes(path):
+    """Read N-MNIST's form: x, y, then one bit of polarity and 23 bits of time, in microseconds."""
+    if path.stat().st_size % 5:
+        raise UserError(f"the file is truncated: {path.stat().st_size} bytes are not whole events of 5")
+    return io.read_mnist_file(str(path), dtype=EVENTS)
+
+
+def _aedat(path):
+    """Read AEDAT 2.0 or 3.1, as the header says."""
+    version, start, _ = io.read_aedat_header_from_file(str(path))
+    if 2 <= version < 3:
+        return _aedat2(path, version, start)
+    return _aedat3(memoryview(path.read_bytes())[start:])
+
+
+def _aedat2(path, version, start):
+    """Read the DVS128 events of an AEDAT 2.0 file: CIFAR10-DVS as it was published.
+
+    An address holds the polarity (0 is ON) in bit 0, then 7 bits from right to left and 7 bits from top to bottom: of
+    the frame, not of the picture, which lies on its side. That is how the paper's program reads them.
+    """
+    if (path.stat().st_size - start) % 8:
+        raise UserError(f"the file is truncated: {path.stat().st_size - start} bytes of data are not whole events of 8")
+    raw = io.get_aer_events_from_file(str(path), version, start)
+    address = raw["address"].astype(np.int64)
+    return _events(raw["timeStamp"], 127 - (address >> 1 & 127), address >> 8 & 127, 1 - (address & 1))
+
+
+def _aedat3(data):
+    """Read the polarity events of an AEDAT 3.1 file: DVS128 Gesture as it was published."""
+    packets, at = [], 0
+    while at < len(data):
+        if at + 28 > len(data):
+            raise UserError("the file is truncated: it ends inside a packet header")
+        kind, _, size, _, overflow, capacity, number, _ = struct.unpack_from("<HHIIIIII", data, at)
+        start, at = at + 28, at + 28 + size * capacity
+        if at > len(data):  # before anything is allocated: a damaged header may claim any size
+            raise UserError(
+                f"the file is truncated: a packet claims {size * capacity} bytes, {len(data) - start} are left"
+            )
+        if kind == POLARITY_EVENTS:
+            if size != 8 or number > capacity:
+                raise UserError(f"a packet claims {number} of {capacity} polarity events of {size} bytes, not 8")
+            words = np.frombuffer(data, "<u4", 2 * number, start).reshape(-1, 2).astype(np.int64)
+            packets.append(np.stack([words[:, 0], words[:, 1] | overflow << 31]))
+    if not packets:
+        raise UserError("the file holds no polarity events")
+    address, t = np.concatenate(packets, axis=1)
+    return _events(t, address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1)
+
+
+def _aedat4(path):
+    """Read CIFAR10-DVS as tonic has it: converted with DV, which counts y from the other side than AEDAT 2.0."""
+    raw = io.read_aedat4(str(path))
+    t, x, y, p = (raw[name].astype(np.int64) for name in raw.dtype.names)  # the package names the last p or on
+    return _events(t, x, 127 - y, p)
+
+
+def _npy(path):
+    """Read tonic's form of DVS128 Gesture: columns x, y, p and t in milliseconds."""
+    # Mapped, for a damaged header may claim any size; never unpickled.
+    columns = np.load(path, mmap_mode="r", allow_pickle=False)
+    if columns.ndim != 2 or columns.shape[1] != 4:
+        raise UserError(f"the file holds an array {list(columns.shape)}, not [N, 4]")
+    x, y, p, t = columns.T
+    return _events(np.round(np.multiply(t, 1000.0)), x, y, p)
+
+
+def _mat(path):
+    """Read ASL-DVS: MATLAB columns ts, x, y, pol, the sensor's corner at the lower right."""
+    from scipy.io import loadmat  # only here: half a second
+
+    names = ("ts", "x", "y", "pol")
+    columns = loadmat(path, variable_names=names)
+    t, x, y, p = (columns[name].ravel().astype(np.int64) for name in names)
+    return _events(t, 239 - x, 179 - y, p)
+
+
+def _events(t, x, y, p):
+    """Put columns together."""
+    events = np.empty(len(t), EVENTS)
+    for name, column in (("t", t), ("x", x), ("y", y), ("p", p)):
+        events[name] = column
+    return events
+
+
+READERS = {
+    ".bin": _five_bytes,
+    ".bs2": _five_bytes,
+    ".aedat": _aedat,
+    ".aedat4": _aedat4,
+    ".npy": _npy,
+    ".mat": _mat,
+}

@@ -1,0 +1,18 @@
+"""A worker of `event_cache`: takes jobs as lines of JSON, answers each with a line, ends with its input."""
+
+import json
+import signal
+import sys
+
+from plif_jax.data import event_cache
+from plif_jax.errors import UserError
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
+    for line in sys.stdin:
+        error = None
+        try:
+            event_cache.make_part(json.loads(line))
+        except UserError as user_error:
+            error = str(user_error)
+        print(json.dumps({"error": error}), flush=True)

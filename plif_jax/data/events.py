@@ -1,0 +1,73 @@
+"""The event data sets as frames: found or fetched, integrated once, and mapped into memory."""
+
+from pathlib import Path
+
+import numpy as np
+
+from plif_jax.catalog import DATASETS
+from plif_jax.data import digits, event_cache, frames, recordings
+from plif_jax.data.dataset import Dataset, Split, default_cache_dir
+from plif_jax.errors import UserError
+
+
+def load(
+    name: str,
+    data_root: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    T: int,
+    split_by: str = "number",
+    normalization: str | None = None,
+    cifar10dvs_split: str = "paper",
+    progress: bool = True,
+) -> Dataset:
+    """Load an event data set as frames.
+
+    Recordings under `data_root` are read where they lie, and nothing is written there; without any, they are fetched.
+    Frames are prepared once for each setting and kept under `cache_dir`.
+
+    Args:
+        name: NMNIST, CIFAR10DVS, DVS128Gesture, ASLDVS, or Digits, which needs no files.
+        data_root: where the user keeps data sets, or None.
+        cache_dir: for downloads and frames; `default_cache_dir()` if None.
+        T, split_by, normalization: as `frames.integrate` has them.
+        cifar10dvs_split: "paper" or "tebn", as `recordings.split_cifar10dvs` has them.
+        progress: whether to show what is being done.
+
+    Returns:
+        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number.
+
+    Raises:
+        UserError: a wrong setting, recordings that are missing or damaged, or a cache that cannot be written.
+    """
+    frames.check_settings(T, split_by, normalization)
+    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    found = locate(name, data_root, cache_dir, cifar10dvs_split)
+    for split in ("train", "test"):
+        if not getattr(found, split):
+            raise UserError(f"{found.folder} holds no {split} recordings of {name}: training needs some of either.")
+    x, folder = event_cache.prepare(
+        name,
+        {"train": found.train, "test": found.test},
+        DATASETS[name].shape[:2],
+        cache_dir,
+        T=T,
+        split_by=split_by,
+        normalization=normalization,
+        progress=progress,
+    )
+    train, test = (
+        Split(x[split], np.array([r.label for r in ours], np.int32), len(ours), expected)
+        for split, ours, expected in zip(x, (found.train, found.test), found.expected, strict=True)
+    )
+    return Dataset(name, train, test, source=f"{found.folder} (frames in {folder})")
+
+
+def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.Found:
+    """Find the recordings of an event data set under `data_root`, or fetch them into `cache_dir`."""
+    if name == "Digits":
+        return recordings.find(name, digits.ensure(cache_dir), cache_dir)
+    found = data_root and recordings.find(name, data_root, cache_dir, cifar10dvs_split)
+    if not found:
+        raise UserError(f"no recordings of {name} in {data_root}.")
+    return found

@@ -1,0 +1,212 @@
+"""Which recordings of a data set there are, and where: every layout its users have."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from plif_jax.data import archives
+from plif_jax.errors import UserError
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ASL_LETTERS = "abcdefghiklmnopqrstuvwxy"  # j and z are gestures, not poses
+EXPECTED = {
+    "NMNIST": (60000, 10000),
+    "Digits": (1442, 355),
+    "CIFAR10DVS": (9000, 1000),
+    "DVS128Gesture": (1176, 288),
+    "ASLDVS": (80640, 20160),
+}
+FOLDERS = {  # names, without case and punctuation, of folders that hold a data set
+    "NMNIST": {"nmnist"},
+    "CIFAR10DVS": {"cifar10dvs"},
+    "DVS128Gesture": {"dvs128gesture", "dvsgesture"},
+    "ASLDVS": {"asldvs"},
+}
+INNER = {"events", "extract", "extracted", "download"}  # and of folders in them: the paper's and SpikingJelly's trees
+
+
+class Recording(NamedTuple):
+    """A file, its label, and which part of it, in microseconds; None: all of it."""
+
+    path: str
+    label: int
+    start: int | None = None
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The recordings of a data set, in order of label and number; of how many the whole set has; and where they lie."""
+
+    train: list[Recording]
+    test: list[Recording]
+    expected: tuple[int, int]
+    folder: Path
+
+
+def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: str = "paper") -> Found | None:
+    """Find the recordings of a data set under a folder, in any layout; None if there are none.
+
+    The folder may be the data set's own or hold it, under its name in any case and with or without punctuation.
+    Archives are unpacked under `cache_dir`, once.
+
+    Raises:
+        UserError: `root` is no folder, an archive or a label file is damaged, or an unknown split.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out.")
+    for folder in _folders(name, root, depth=3):
+        splits = FINDERS[name](folder, Path(cache_dir))
+        if splits is not None:
+            train, test, *expected = splits
+            if name == "CIFAR10DVS":
+                train, test = split_cifar10dvs(train, cifar10dvs_split)
+            return Found(train, test, expected[0] if expected else EXPECTED[name], folder)
+    return None
+
+
+def split_cifar10dvs(recordings, split):
+    """Split CIFAR10-DVS, which has no split of its own, by the number in each file's name.
+
+    paper: 0-899 of each class train, 900-999 test, as the paper's program does.
+    tebn: 100-999 train, 0-99 test, as TEBN (Duan et al., NeurIPS 2022) and many works after it do.
+    """
+    tests = {"paper": range(900, 1000), "tebn": range(100)}
+    if split not in tests:
+        raise UserError(f"cifar10dvs_split is {split!r}; allowed are {', '.join(tests)}.")
+    train, test = [], []
+    for recording in recordings:
+        (test if _number(Path(recording.path)) in tests[split] else train).append(recording)
+    return train, test
+
+
+def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
+    """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
+    telling = FOLDERS.get(name, set()) | INNER
+    for child in sorted(root.iterdir()) if depth else ():
+        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
+            yield from _folders(name, child, depth - 1)
+    yield root
+
+
+def _child(folder: Path, name: str) -> Path | None:
+    """The entry of a folder with this name, in any case."""
+    return next((child for child in sorted(folder.iterdir()) if child.name.lower() == name.lower()), None)
+
+
+def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | None:
+    """The folder `name` in a folder, or in the archive that lies there in its place, unpacked."""
+    child = _child(folder, name)
+    if child is not None and child.is_dir():
+        return child
+    packed = _child(folder, archive)
+    return packed and _child(archives.unpacked(packed, cache_dir), name)
+
+
+def _number(path: Path) -> int:
+    """The last number in a file's name; -1 without one."""
+    return int((re.findall(r"\d+", path.stem) or [-1])[-1])
+
+
+def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recording]:
+    """The recordings in a folder that end in the first of the suffixes that any has, in order of their numbers."""
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")] if folder and folder.is_dir() else []
+    for suffix in suffixes:
+        ours = [file for file in files if file.suffix.lower() == suffix]
+        if ours:
+            return [Recording(str(file), label) for file in sorted(ours, key=lambda file: (_number(file), file.name))]
+    return []
+
+
+def _nmnist(folder, cache_dir):
+    """Train/<digit>/<number>.bin and Test, or Train.zip and Test.zip."""
+    splits = []
+    for split in ("Train", "Test"):
+        inside = _inside(folder, split, f"{split}.zip", cache_dir)
+        splits.append([r for digit in range(10) for r in _recordings(inside and inside / str(digit), digit, ".bin")])
+    return splits if any(splits) else None
+
+
+def _cifar10dvs(folder, cache_dir):
+    """<class>/*.aedat, *.aedat4 or <class>.zip, or tonic's CIFAR10DVS.zip of such zips; not split yet."""
+    packed = _child(folder, "CIFAR10DVS.zip")
+    if packed is not None and not any(_child(folder, name) for name in CIFAR10_CLASSES):
+        folder = archives.unpacked(packed, cache_dir)
+    found = []
+    for label, name in enumerate(CIFAR10_CLASSES):
+        found += _recordings(_inside(folder, name, f"{name}.zip", cache_dir), label, ".aedat", ".aedat4")
+    return (found, []) if found else None
+
+
+def _dvs128_gesture(folder, cache_dir):
+    """The published DvsGesture folder or archive, tonic's re-cut of it, or a folder of 5-byte files with labels.txt."""
+    original = _inside(folder, "DvsGesture", "DvsGesture.tar.gz", cache_dir) or folder
+    if (original / "trials_to_train.txt").is_file():
+        return [_trials(original, original / f"trials_to_{split}.txt") for split in ("train", "test")]
+    recut = [
+        _inside(folder, f"ibmGesture{split}", f"ibmGesture{split}.tar.gz", cache_dir) for split in ("Train", "Test")
+    ]
+    if any(recut):
+        return [*([r for n in range(11) for r in _recut(inside, n)] for inside in recut), (1077, 264)]
+    if (folder / "labels.txt").is_file():
+        # A handful of samples, for looking at: nobody says which are for testing.
+        return _listed(folder, folder / "labels.txt"), []
+    return None
+
+
+def _trials(folder, trials):
+    """The samples of the recordings that a trial list names, cut as their label files say."""
+    samples = []
+    for name in trials.read_text().split() if trials.is_file() else ():
+        recording, labels = folder / name, folder / f"{Path(name).stem}_labels.csv"
+        if not recording.is_file():
+            continue  # an incomplete set
+        try:
+            rows = np.loadtxt(labels, np.int64, delimiter=",", skiprows=1, ndmin=2)
+            samples += [
+                (int(label) - 1, name, Recording(str(recording), int(label) - 1, int(start), int(end)))
+                for label, start, end in rows
+            ]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{labels}: cannot be read as class, startTime_usec, endTime_usec ({error}).") from None
+    samples.sort(key=lambda sample: sample[:2])  # stable: a gesture shown twice keeps its order
+    return [recording for *_, recording in samples]
+
+
+def _recut(folder, label):
+    """Tonic's re-cut: <user>_<lighting>/<label>.npy."""
+    files = sorted(folder.glob(f"*/{label}.npy")) if folder else []
+    return [Recording(str(file), label) for file in files]
+
+
+def _listed(folder, labels):
+    """The 5-byte recordings that a list of `<number> <class from 1>` names."""
+    rows = [line.split()[:2] for line in labels.read_text().splitlines() if line.strip() and line[0] != "#"]
+    samples = [(int(label) - 1, int(number)) for number, label in rows]
+    return [Recording(str(folder / f"{number}.bs2"), label) for label, number in sorted(samples)]
+
+
+def _asldvs(folder, cache_dir):
+    """<letter>/<letter>_<number>.mat, or the published archive of archives; the first 80 % of each letter train."""
+    packed = _child(folder, "ICCV2019_DVS_dataset.zip") or _child(folder, "ASLDVS.zip")
+    if packed is not None and _child(folder, "a") is None:
+        folder = archives.unpacked(packed, cache_dir)
+    splits = [], []
+    for label, letter in enumerate(ASL_LETTERS):
+        for recording in _recordings(_child(folder, letter), label, ".mat"):
+            splits[_number(Path(recording.path)) > 3360].append(recording)  # of 4200
+    return splits if any(splits) else None
+
+
+FINDERS = {
+    "NMNIST": _nmnist,
+    "Digits": _nmnist,
+    "CIFAR10DVS": _cifar10dvs,
+    "DVS128Gesture": _dvs128_gesture,
+    "ASLDVS": _asldvs,
+}
