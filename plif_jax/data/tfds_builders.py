@@ -166,7 +166,7 @@ def _read(builder: "Images", split: str, folder: Path) -> tuple[np.ndarray, np.n
     try:
         source = builder.as_data_source(split)
         samples = source.__getitems__(list(range(len(source))))
-    except (ValueError, RuntimeError) as error:  # what ArrayRecord raises on a missing, short or altered file
+    except RuntimeError as error:  # ArrayRecord, of a missing, short or altered file
         raise UserError(f"the record files in {folder} are damaged: delete that folder and run again") from error
     x_NHWC = np.stack([sample["image"] for sample in samples])
     return x_NHWC, np.array([sample["label"] for sample in samples], np.int32)
