@@ -1,0 +1,23 @@
+"""Data sets, from the user's files or a download to arrays ready for the devices."""
+
+
+def load(config, progress=True):
+    """The data set that a `plif_jax.config.Config` names, as a `plif_jax.data.dataset.Dataset`.
+
+    Raises:
+      UserError: it is not there and cannot be fetched, or a file of it is damaged; the line says which.
+    """
+    from plif_jax.data import events, images
+
+    if not config.facts.events:
+        return images.load(config.dataset_name, config.data_root, config.cache_dir, progress=progress)
+    return events.load(
+        config.dataset_name,
+        config.data_root,
+        config.cache_dir,
+        T=config.T,
+        split_by=config.split_by,
+        normalization=config.normalization,
+        dvs_split=config.dvs_split,
+        progress=progress,
+    )

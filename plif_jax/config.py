@@ -1,0 +1,236 @@
+"""One run's settings: a frozen dataclass whose field names are the flags of the paper's program."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from plif_jax.catalog import DATASETS
+from plif_jax.errors import UserError
+
+
+def _field(help, default, **bounds):
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run; every field is a flag, with one dash or two.
+
+    The first block has the paper program's names, meanings and defaults. What that program leaves without a default
+    has the paper's value for the data set here. `val_ratio` set means accuracy-B, unset accuracy-A.
+
+    Raises:
+      UserError: a value out of range, in one line that says what is allowed.
+    """
+
+    dataset_name: str = _field("data set", None, choices=tuple(DATASETS))
+    init_tau: float = _field("tau of LIF neurons, initial tau of PLIF neurons, in timesteps", 2.0, above=1)
+    use_plif: bool = _field("PLIF neurons, LIF otherwise", False)
+    use_max_pool: bool = _field("max pooling, average otherwise", False)
+    alpha_learnable: bool = _field("learn the surrogate's alpha", False)
+    detach_reset: bool = _field("let no gradient through the reset", False)
+    T: int = _field("timesteps; the paper's for the data set if absent", None, least=1)
+    channels: int = _field("width of the convolutions, event data only", None, least=1)
+    number_layer: int = _field("number of convolutions, event data only", None, least=1)
+    split_by: str = _field("cut events into frames of equal", "number", choices=("number", "time"))
+    normalization: str | None = _field("of frames", None, choices=("frequency", "max", "norm", "sum", None))
+    batch_size: int = _field("samples per training step, over all devices", 16, least=1)
+    learning_rate: float = _field("Adam's, in the first epoch", 1e-3, above=0)
+    T_max: int = _field("epochs from the learning rate's peak to zero", 64, least=1)
+    max_epoch: int = _field("epochs to train", 1024, least=1)
+    device: str | None = _field("cpu, tpu, cuda:0 or cuda:0,1; all local devices if absent", None)
+    log_dir_prefix: str = _field("folder for run folders and checkpoints", "logs")
+    val_ratio: float | None = _field("share of each class kept for validation (accuracy-B)", None, above=0, below=1)
+
+    data_root: str | None = _field("folder with data sets you already have", None)
+    cache_dir: str | None = _field("folder for downloads and prepared frames; ~/.cache/plif_jax if absent", None)
+    dvs_split: str = _field("train and test halves of CIFAR10-DVS", "paper")
+    seed: int = _field("of initial weights, order, augmentation and dropout", 2020, least=0, below=2**32)
+    train_samples: int | None = _field("train on the first n only, spread over the classes", None, least=1)
+    test_samples: int | None = _field("test on the first n only, spread over the classes", None, least=1)
+    eval_every: int = _field("evaluate after every n-th epoch, and the last", 1, least=1)
+    precision: str = _field("of computation", "float32", choices=("float32", "bfloat16", "float64"))
+    data_on_device: str = _field("keep the data set in device memory", "auto", choices=("auto", "yes", "no"))
+    steps_per_call: int | None = _field(
+        "training steps per dispatch; 1 on a CPU, 32 otherwise if absent", None, least=1
+    )
+    coordinator: str | None = _field("address host:port of process 0, for several processes", None)
+    num_processes: int | None = _field("number of processes", None, least=1)
+    process_id: int | None = _field("rank of this process, from 0", None, least=0)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        facts = self.facts
+        for name in ("T", "channels", "number_layer"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(facts, name))
+        if facts.events and self.number_layer > facts.max_number_layer:
+            H, W, _ = facts.shape
+            raise UserError(
+                f"-number_layer {self.number_layer}: a {H}x{W} sensor can be halved {facts.max_number_layer} times; "
+                f"give 1 to {facts.max_number_layer}"
+            )
+        if facts.events:
+            hidden = self.channels * math.prod(side >> self.number_layer for side in facts.shape[:2]) // 4
+            if hidden == 0:
+                raise UserError(
+                    f"-channels {self.channels} with -number_layer {self.number_layer} leaves the hidden layer empty; "
+                    "give more channels or fewer layers"
+                )
+
+    @property
+    def facts(self):
+        """The data set's sensor, classes and paper settings."""
+        return DATASETS[self.dataset_name]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run folder, exactly as the paper's program builds it."""
+        events = ""
+        if self.facts.events:
+            events = (
+                f"_c_{self.channels}_n_{self.number_layer}_split_by_{self.split_by}_normalization_{self.normalization}"
+            )
+        val = "" if self.val_ratio is None else f"val_{self.val_ratio}_"
+        return (
+            f"{val}{self.dataset_name}_init_tau_{self.init_tau}_use_plif_{self.use_plif}_use_max_pool_"
+            f"{self.use_max_pool}_T_{self.T}{events}_detach_reset_{self.detach_reset}"
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of logs, figures and the result."""
+        return Path(self.log_dir_prefix) / self.run_name
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of checkpoints, beside the run folder."""
+        return Path(self.log_dir_prefix) / f"pt_{self.run_name}"
+
+    def to_json(self) -> str:
+        """The settings as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """The settings back from JSON text.
+
+        Raises:
+          UserError: the text is not JSON, or holds other fields.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(**fields)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"not a run's settings: {error}") from None
+
+
+def _types(field):
+    """The plain types that a field's annotation allows."""
+    return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+
+
+def _check(field, value):
+    given = f"-{field.name} {value}"
+    allowed, bounds = _types(field), field.metadata
+    if value is None:
+        if field.default is None or type(None) in allowed:
+            if field.name != "dataset_name":
+                return
+            raise UserError(f"-dataset_name is not given; it is one of {', '.join(DATASETS)}")
+    elif float in allowed and type(value) is int:
+        return _check(field, float(value))
+    elif type(value) not in allowed:
+        raise UserError(f"{given}: {field.name} is a {allowed[0].__name__}, not a {type(value).__name__}")
+    if "choices" in bounds and value not in bounds["choices"]:
+        near = difflib.get_close_matches(str(value), map(str, bounds["choices"]), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{given}: {field.name} is one of {', '.join(map(str, bounds['choices']))}{hint}")
+    for bound, holds, words in (
+        ("above", float.__gt__, "above"),
+        ("least", float.__ge__, "at least"),
+        ("below", float.__lt__, "below"),
+    ):
+        if bound in bounds and not (math.isfinite(value) and holds(float(value), float(bounds[bound]))):
+            raise UserError(f"{given}: {field.name} must be {words} {bounds[bound]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _convert(field, text):
+    kind = _types(field)[0]
+    if text == "None":
+        return None
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"-{field.name} {text}: {field.name} is a switch; give nothing, true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        words = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"-{field.name} {text}: {field.name} is {words}") from None
+
+
+def parse(argv: list[str], description: str = "", **defaults) -> Config:
+    """Settings from a command line: `defaults`, then the file after -config, then the flags, later ones winning.
+
+    Raises:
+      UserError: an unknown flag (the nearest one is named), a value of the wrong type or out of range.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-config", "--config", help="Python file with `config = Config(...)`, as in configs/")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name, field in fields.items():
+        switch = dict(nargs="?", const="true") if field.type is bool else {}
+        choices = field.metadata.get("choices")
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _types(field)[0].__name__.upper()
+        default = "" if field.default is None else f" (default {field.default})"
+        parser.add_argument(f"-{name}", f"--{name}", metavar=metavar, help=field.metadata["help"] + default, **switch)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(flag, ["config", *fields], 1)
+        hint = f"; did you mean -{near[0]}?" if near and unknown[0].startswith("-") else "; -h lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
+    given = vars(given)
+    settings = dict(defaults)
+    if "config" in given:
+        settings |= {k: v for k, v in dataclasses.asdict(load(given.pop("config"))).items() if v is not None}
+    settings |= {name: _convert(fields[name], text) for name, text in given.items()}
+    return Config(**settings)
+
+
+def load(path: str | Path) -> Config:
+    """The `config` of a Python file such as those in `configs/`.
+
+    Raises:
+      UserError: there is no such file, it does not run, or it defines no `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"-config {path}: no such file; configs/ has one for each data set")
+    spec = importlib.util.spec_from_file_location("plif_jax_run_config", path)
+    if spec is None:
+        raise UserError(f"-config {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"-config {path}: {type(error).__name__}: {error}") from None
+    if not isinstance(getattr(module, "config", None), Config):
+        raise UserError(f"-config {path}: defines no `config = Config(...)`")
+    return module.config
