@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.catalog import DATASETS
-from plif_jax.data import digits, event_cache, frames, recordings
+from plif_jax.data import digits, downloads, event_cache, frames, recordings
 from plif_jax.data.dataset import Dataset, Split, default_cache_dir
 from plif_jax.errors import UserError
 
@@ -67,7 +67,9 @@ def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.F
     """Find the recordings of an event data set under `data_root`, or fetch them into `cache_dir`."""
     if name == "Digits":
         return recordings.find(name, digits.ensure(cache_dir), cache_dir)
-    found = data_root and recordings.find(name, data_root, cache_dir, cifar10dvs_split)
-    if not found:
-        raise UserError(f"no recordings of {name} in {data_root}.")
-    return found
+    if data_root is not None:
+        found = recordings.find(name, data_root, cache_dir, cifar10dvs_split)
+        if found:
+            return found
+        print(f"{name}: no recordings of it are in {data_root}")
+    return recordings.find(name, downloads.fetch(name, cache_dir), cache_dir, cifar10dvs_split)

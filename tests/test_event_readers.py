@@ -1,0 +1,110 @@
+"""Every form of recording gives back the events that were written; a damaged file is named with what is wrong."""
+
+import numpy as np
+import pytest
+from event_files import random_events, write_aedat2, write_aedat3
+
+from plif_jax.data import digits, event_readers
+from plif_jax.errors import UserError
+
+
+def assert_same(got, events):
+    for name in "txyp":
+        np.testing.assert_array_equal(got[name], events[name], err_msg=name)
+
+
+def test_five_byte_round_trip(tmp_path):
+    events = random_events(0, 500, 34, 34, duration=1 << 23)
+    digits.write_recording(tmp_path / "1.bin", events)
+    assert (tmp_path / "1.bin").stat().st_size == 2500
+    assert_same(event_readers.read(tmp_path / "1.bin"), events)
+
+
+def test_aedat2_round_trip(tmp_path):
+    events = random_events(1, 500, 128, 128)
+    write_aedat2(tmp_path / "cifar10_cat_7.aedat", events)
+    assert_same(event_readers.read(tmp_path / "cifar10_cat_7.aedat"), events)
+
+
+def test_aedat2_address_bits(tmp_path):
+    """Against the bits themselves: ON (bit 0 clear), column bits 1-7, row bits 8-14."""
+    data = np.array([[0b0000011_0000101_0, 17]], ">u4").tobytes()
+    (tmp_path / "a.aedat").write_bytes(b"#!AER-DAT2.0\r\n" + data)
+    assert event_readers.read(tmp_path / "a.aedat").tolist() == [(127 - 5, 3, 17, 1)]
+
+
+def test_aedat4_and_aedat2_give_the_same_events(tmp_path, monkeypatch):
+    """DV, which converted CIFAR10-DVS for tonic, counts x and y from the opposite corner of the address."""
+    events = random_events(2, 300, 128, 128)
+    write_aedat2(tmp_path / "a.aedat", events)
+    column, row = 127 - events["x"], events["y"]  # the address bits
+    converted = np.empty(300, [("t", "<u8"), ("x", "<u2"), ("y", "<u2"), ("on", "?")])
+    for name, values in zip(converted.dtype.names, (events["t"], 127 - column, 127 - row, events["p"]), strict=True):
+        converted[name] = values
+    monkeypatch.setattr(event_readers.io, "read_aedat4", lambda path: converted)
+    (tmp_path / "a.aedat4").write_bytes(b"#!AER-DAT4.0\r\n")
+    assert_same(event_readers.read(tmp_path / "a.aedat4"), event_readers.read(tmp_path / "a.aedat"))
+
+
+def test_aedat3_round_trip_without_special_events(tmp_path):
+    events = random_events(3, 500, 128, 128)
+    write_aedat3(tmp_path / "user01_led.aedat", events)
+    assert_same(event_readers.read(tmp_path / "user01_led.aedat"), events)
+
+
+def test_tonics_gesture_arrays_are_in_milliseconds(tmp_path):
+    events = random_events(4, 300, 128, 128)
+    events["t"] = events["t"] // 1000 * 1000
+    np.save(tmp_path / "3.npy", np.stack([events["x"], events["y"], events["p"], events["t"] // 1000], 1))
+    assert_same(event_readers.read(tmp_path / "3.npy"), events)
+
+
+def test_asl_dvs_matlab_files(tmp_path):
+    from scipy.io import savemat
+
+    events = random_events(5, 300, 180, 240)
+    columns = {"ts": events["t"], "x": 239 - events["x"], "y": 179 - events["y"], "pol": events["p"]}
+    savemat(tmp_path / "a_0001.mat", {name: column[:, None] for name, column in columns.items()})
+    assert_same(event_readers.read(tmp_path / "a_0001.mat"), events)
+
+
+def truncated(name, cut):
+    def write(path):
+        writers = {".bin": digits.write_recording, ".aedat": write_aedat2}
+        (write_aedat3 if "user" in name else writers[path.suffix])(path, random_events(6, 100, 34, 34))
+        path.write_bytes(path.read_bytes()[:cut])
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, damage, says",
+    [
+        ("1.bin", lambda path: path.write_bytes(b""), "is empty"),
+        ("1.bin", truncated("1.bin", -2), "truncated: 498 bytes are not whole events of 5"),
+        ("c_1.aedat", truncated("c_1.aedat", -3), "truncated: 797 bytes of data are not whole events of 8"),
+        ("user1.aedat", truncated("user1.aedat", -3), "truncated: a packet claims 400 bytes, 397 are left"),
+        ("user1.aedat", truncated("user1.aedat", -410), "truncated: it ends inside a packet header"),
+        ("c_1.aedat", lambda path: path.write_bytes(b"no header at all"), "not a readable .aedat recording"),
+        ("c_1.aedat4", lambda path: path.write_bytes(b"#!AER-DAT4.0\r\n\x10"), "c_1.aedat4"),
+        ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not a readable .npy recording"),
+        ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),
+        ("3.npy", lambda path: np.save(path, np.array([{"t": 1}])), "not a readable .npy recording"),
+        ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a readable .mat recording"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, damage, says):
+    damage(tmp_path / name)
+    with pytest.raises(UserError, match=says) as error:
+        event_readers.read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_claimed_size_is_not_allocated(tmp_path):
+    """A header of an array of 2^50 rows, and no data."""
+    np.save(tmp_path / "1.npy", np.zeros((1000, 4), np.int64))
+    content = (tmp_path / "1.npy").read_bytes()
+    (tmp_path / "1.npy").write_bytes(content[:128].replace(b"(1000, 4), }            ", b"(1125899906842624, 4), }"))
+    with pytest.raises(UserError, match=r"1\.npy"):
+        event_readers.read(tmp_path / "1.npy")
