@@ -1,0 +1,221 @@
+"""Every layout in which users have the event data sets is found, split as published, in an order of its own."""
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from event_files import random_events, write_aedat2, write_aedat3, write_nmnist
+
+from plif_jax.data import archives, event_cache, event_readers, events, recordings
+from plif_jax.errors import UserError
+
+
+def numbers(ours):
+    return [int(Path(recording.path).stem.split("_")[-1]) for recording in ours]
+
+
+def pack(folder, archive):
+    """Zip a folder, under its own name, and remove nothing."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in sorted(folder.rglob("*")):
+            packed.write(file, file.relative_to(folder.parent))
+    return archive
+
+
+@pytest.mark.parametrize("place", [".", "NMNIST", "nmnist", "N-MNIST", "NMNIST/extract"])
+def test_nmnist_folders(tmp_path, place):
+    write_nmnist(tmp_path / "data" / place)
+    found = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")
+    assert numbers(found.train) == [2, 9, 10] * 10 and numbers(found.test) == [2, 10] * 10
+    assert [recording.label for recording in found.train] == sorted([*range(10)] * 3)
+    assert found.expected == (60000, 10000)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("names", [("Train.zip", "Test.zip"), ("train.zip", "test.zip")])
+def test_nmnist_archives_are_unpacked_once_into_the_cache(tmp_path, names):
+    write_nmnist(tmp_path / "made")
+    (tmp_path / "data" / "NMNIST").mkdir(parents=True)
+    for split, name in zip(("Train", "Test"), names, strict=True):
+        pack(tmp_path / "made" / split, tmp_path / "data" / "NMNIST" / name)
+    first = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")
+    stamp = Path(first.train[0].path).stat().st_ctime_ns
+    again = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")
+    assert first == again and stamp == Path(again.train[0].path).stat().st_ctime_ns
+    assert numbers(first.train) == [2, 9, 10] * 10 and len(first.test) == 20
+    assert all(Path(recording.path).is_relative_to(tmp_path / "cache") for recording in first.train + first.test)
+
+
+def test_nothing_found_is_none(tmp_path):
+    for name in recordings.FINDERS:
+        assert recordings.find(name, tmp_path, tmp_path) is None
+
+
+def write_cifar10dvs(root, count=(0, 2, 99, 100, 899, 900, 999), classes=recordings.CIFAR10_CLASSES):
+    for label, name in enumerate(classes):
+        for number in count:
+            path = root / name / f"cifar10_{name}_{number}.aedat"
+            write_aedat2(path, random_events(1000 * label + number, 60, 128, 128))
+
+
+@pytest.mark.parametrize("layout", ["CIFAR10DVS", "CIFAR10DVS/events", "CIFAR10DVS/<class>.zip", "CIFAR10DVS.zip"])
+def test_cifar10_dvs_layouts(tmp_path, layout):
+    data = tmp_path / "data"
+    if layout.endswith("zip"):
+        write_cifar10dvs(tmp_path / "made")
+        zips = tmp_path / "zips" if layout == "CIFAR10DVS.zip" else data / "CIFAR10DVS"
+        zips.mkdir(parents=True)
+        for name in recordings.CIFAR10_CLASSES:
+            pack(tmp_path / "made" / name, zips / f"{name}.zip")
+        if layout == "CIFAR10DVS.zip":
+            (data / "CIFAR10DVS").mkdir(parents=True)
+            with zipfile.ZipFile(data / "CIFAR10DVS" / "CIFAR10DVS.zip", "w") as packed:
+                for file in zips.iterdir():
+                    packed.write(file, file.name)
+    else:
+        write_cifar10dvs(data / layout)
+    found = recordings.find("CIFAR10DVS", data, tmp_path / "cache")
+    assert numbers(found.train) == [0, 2, 99, 100, 899] * 10 and numbers(found.test) == [900, 999] * 10
+    assert [recording.label for recording in found.test] == sorted([*range(10)] * 2)
+    assert found.expected == (9000, 1000)
+
+
+def test_the_other_published_split_of_cifar10_dvs(tmp_path):
+    write_cifar10dvs(tmp_path, classes=recordings.CIFAR10_CLASSES[:1])
+    found = recordings.find("CIFAR10DVS", tmp_path, tmp_path, cifar10dvs_split="tebn")
+    assert numbers(found.test) == [0, 2, 99] and numbers(found.train) == [100, 899, 900, 999]
+    with pytest.raises(UserError, match="cifar10dvs_split is 'random'; allowed are paper, tebn"):
+        recordings.find("CIFAR10DVS", tmp_path, tmp_path, cifar10dvs_split="random")
+
+
+def write_gesture(folder):
+    """Write two users, one for testing; user01 shows gesture 2 twice, and its gestures overlap in time."""
+    folder.mkdir(parents=True)
+    for user, rows in {
+        "user01_led": [(3, 100, 20_000), (2, 20_000, 40_000), (2, 39_000, 60_000), (11, 60_000, 89_000)],
+        "user24_lab": [(1, 5_000, 50_000)],
+    }.items():
+        write_aedat3(folder / f"{user}.aedat", random_events(len(rows), 900, 128, 128))
+        lines = ["class,startTime_usec,endTime_usec", *(",".join(map(str, row)) for row in rows)]
+        (folder / f"{user}_labels.csv").write_text("\n".join(lines) + "\n")
+    (folder / "trials_to_train.txt").write_text("user01_led.aedat\nuser02_lab.aedat\n\n")
+    (folder / "trials_to_test.txt").write_text("user24_lab.aedat\n")
+
+
+@pytest.mark.parametrize("layout", ["DVS128Gesture/DvsGesture", "DVS128Gesture/extract/DvsGesture", "tar.gz", "itself"])
+def test_the_published_gestures_are_cut_by_their_labels(tmp_path, layout):
+    data = tmp_path / "data"
+    if layout == "tar.gz":
+        write_gesture(tmp_path / "DvsGesture")
+        (data / "DVS128Gesture").mkdir(parents=True)
+        with tarfile.open(data / "DVS128Gesture" / "DvsGesture.tar.gz", "w:gz") as packed:
+            packed.add(tmp_path / "DvsGesture", "DvsGesture")
+    elif layout == "itself":
+        write_gesture(data)
+    else:
+        write_gesture(data / layout)
+    dataset = events.load("DVS128Gesture", data, tmp_path / "cache", T=3, progress=False)
+    assert dataset.train.y.tolist() == [1, 1, 2, 10] and dataset.test.y.tolist() == [0]
+    assert (dataset.train.expected, dataset.test.expected) == (1176, 288)
+    t = random_events(4, 900, 128, 128)["t"]
+    cuts = [(20_000, 40_000), (39_000, 60_000), (100, 20_000), (60_000, 89_000)]
+    assert dataset.train.x.sum((1, 2, 3, 4)).tolist() == [((t >= a) & (t < b)).sum() for a, b in cuts]
+
+
+def test_a_gesture_without_events_is_named(tmp_path):
+    write_gesture(tmp_path / "data")
+    (tmp_path / "data" / "user24_lab_labels.csv").write_text("class,startTime_usec,endTime_usec\n1,200000,300000\n")
+    with pytest.raises(UserError, match=r"user24_lab\.aedat between 200000 and 300000 us: there are no events"):
+        events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
+
+
+def test_damaged_gesture_labels_are_named(tmp_path):
+    write_gesture(tmp_path / "data")
+    (tmp_path / "data" / "user24_lab_labels.csv").write_text("class,startTime_usec,endTime_usec\n1,soon,later\n")
+    with pytest.raises(UserError, match=r"user24_lab_labels\.csv: cannot be read as class, startTime_usec"):
+        recordings.find("DVS128Gesture", tmp_path / "data", tmp_path / "cache")
+
+
+def test_a_gesture_file_is_read_once_for_all_its_cuts(tmp_path, monkeypatch):
+    write_gesture(tmp_path / "data")
+    read, seen = event_readers.read, []
+    monkeypatch.setattr(event_readers, "read", lambda path: seen.append(path) or read(path))
+    event_readers.read_once.cache_clear()
+    events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
+    assert len(seen) == 2
+
+
+def test_tonics_gestures(tmp_path):
+    for split, users in (("Train", ("user02_led", "user01_lab")), ("Test", ("user24_lab",))):
+        for user in users:
+            folder = tmp_path / "DVSGesture" / f"ibmGesture{split}" / user
+            folder.mkdir(parents=True)
+            for label in (0, 10):
+                e = random_events(label, 50, 128, 128)
+                np.save(folder / f"{label}.npy", np.stack([e["x"], e["y"], e["p"], e["t"] // 1000], 1))
+    found = recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+    assert [Path(r.path).parent.name for r in found.train] == ["user01_lab", "user02_led"] * 2
+    assert [r.label for r in found.train] == [0, 0, 10, 10] and len(found.test) == 2
+    assert found.expected == (1077, 264)
+
+
+def test_asl_dvs_letters(tmp_path):
+    for letter in "aky":
+        for number in (1, 3360, 3361, 4200):
+            (tmp_path / "ASLDVS" / letter).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "ASLDVS" / letter / f"{letter}_{number:04d}.mat").touch()
+    found = recordings.find("ASLDVS", tmp_path, tmp_path / "cache")
+    assert numbers(found.train) == [1, 3360] * 3 and numbers(found.test) == [3361, 4200] * 3
+    assert [r.label for r in found.test] == [0, 0, 9, 9, 23, 23], "24 letters: j and z are left out"
+
+
+def test_the_same_recordings_elsewhere_share_the_cache(tmp_path):
+    write_nmnist(tmp_path / "a" / "NMNIST")
+    events.load("NMNIST", tmp_path / "a", tmp_path / "cache", T=2, progress=False)
+    (tmp_path / "a").rename(tmp_path / "b")
+    events.load("NMNIST", tmp_path / "b", tmp_path / "cache", T=2, progress=False)
+    assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
+
+
+def truncate(archive):
+    archive.write_bytes(archive.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize("name", ["Train.zip", "DvsGesture.tar.gz"])
+def test_a_truncated_archive_is_named_and_leaves_nothing(tmp_path, name):
+    write_nmnist(tmp_path / "made")
+    archive = tmp_path / name
+    if name.endswith("zip"):
+        pack(tmp_path / "made" / "Train", archive)
+    else:
+        with tarfile.open(archive, "w:gz") as packed:
+            packed.add(tmp_path / "made", "DvsGesture")
+    truncate(archive)
+    with pytest.raises(UserError, match=f"{name}: the archive is truncated or damaged") as error:
+        archives.unpacked(archive, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"] == [tmp_path / "cache/unpacked"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_may_not_leave_its_folder(tmp_path, kind):
+    (tmp_path / "evil").write_text("out")
+    archive = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            packed.write(tmp_path / "evil", "../../escaped")
+    else:
+        with tarfile.open(archive, "w") as packed:
+            packed.add(tmp_path / "evil", "../../escaped")
+    with pytest.raises(UserError, match=r"a\.(zip|tar).*\.\./\.\./escaped"):
+        archives.unpacked(archive, tmp_path / "cache")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_the_parts_of_a_large_frame_stay_small():
+    settings = {"T": 20, "sensor": [128, 128]}
+    jobs = event_cache._jobs(Path("p"), [recordings.Recording(str(i), 0) for i in range(1000)], settings)
+    assert max(len(job["recordings"]) for job in jobs) * 20 * 128 * 128 * 2 <= event_cache.PART_BYTES
+    assert [r for job in jobs for r in job["recordings"]] == [recordings.Recording(str(i), 0) for i in range(1000)]
