@@ -1,0 +1,20 @@
+"""`python -m plif_jax.data check NAME [-data_root DIR]`: say what there is of a data set, and draw a few samples."""
+
+import argparse
+import sys
+
+from plif_jax.catalog import DATASETS
+from plif_jax.data.check import check
+from plif_jax.errors import UserError
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m plif_jax.data", description=__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
+    parser.add_argument("-data_root", "--data_root", help="the folder with your data sets")
+    parser.add_argument("-cache_dir", "--cache_dir", help="the folder for downloads; default: ~/.cache/plif_jax")
+    arguments = parser.parse_args()
+    try:
+        print(check(arguments.name, arguments.data_root, arguments.cache_dir))
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,126 @@
+"""A look at a data set before training: what is there, whole or not, and a picture of a few samples."""
+
+import difflib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from plif_jax.catalog import DATASETS
+from plif_jax.data import event_readers, events, frames, images, recordings
+from plif_jax.data.dataset import default_cache_dir
+from plif_jax.errors import UserError
+
+SAMPLES = 10  # shown, spread over the classes
+SHOWN_FRAMES = 8  # of each event recording
+ON, OFF = np.array([0.84, 0.37, 0.0]), np.array([0.0, 0.45, 0.70])  # told apart with any colour vision (Okabe and Ito)
+QUARTER_TURNS = {"CIFAR10DVS": -1}  # its recordings lie on their side, and the paper's program leaves them so
+
+
+def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path | None = None) -> str:
+    """Describe a data set and draw `<name>.png` in the working directory; return the description.
+
+    Event recordings are counted and a few are read; nothing is prepared and nothing large is fetched.
+
+    Raises:
+        UserError: an unknown name, no such data, or samples that cannot be read.
+    """
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, 1, 0.4)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
+    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
+    _draw(rows, labels, title, f"{name}.png")
+    return "\n".join([*lines, f"a few samples: {Path(f'{name}.png').resolve()}"])
+
+
+def _events(name, data_root, cache_dir):
+    """Describe recordings, and integrate a few into rows of frames [H, T W, 3]."""
+    downloads = cache_dir / "downloads" / name
+    if name != "Digits" and data_root is None:
+        if not downloads.is_dir():
+            raise UserError(
+                f"{name} has not been fetched yet: its first use in training fetches it into {downloads}; "
+                "if you have it, give -data_root, the folder with your data sets."
+            )
+        data_root = downloads
+    found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
+    if found is None:
+        raise UserError(f"no recordings of {name} are in {data_root}.")
+    files = {recording.path for recording in found.train + found.test}
+    lines = _summary(name, len(found.train), len(found.test), found.expected)
+    lines.append(f"{len(files)} files, {sum(map(os.path.getsize, files)) / 1e6:.1f} MB, in {found.folder}")
+    chosen = _spread(found.train or found.test)
+    height, width = DATASETS[name].shape[:2]
+    rows = []
+    for path, _, start, end in chosen:
+        sample = event_readers.read_once(path)
+        if end is not None:
+            sample = sample[(sample["t"] >= start) & (sample["t"] < end)]
+        counts_THWC = frames.integrate(sample, height, width, SHOWN_FRAMES)
+        shown = np.rot90(counts_THWC, QUARTER_TURNS.get(name, 0), axes=(1, 2))
+        rows.append(np.concatenate(list(two_colours(shown)), axis=1))
+    turned = ", shown a quarter turn clockwise" if name in QUARTER_TURNS else ""
+    return (
+        lines,
+        rows,
+        [r.label for r in chosen],
+        f"{name}: ON events orange, OFF events blue, time to the right{turned}",
+    )
+
+
+def _images(name, data_root, cache_dir):
+    """Describe images, and lay out a row of each of a few classes."""
+    dataset = images.load(name, data_root, cache_dir)
+    train, test = dataset.train, dataset.test
+    lines = _summary(name, train.found, test.found, (train.expected, test.expected))
+    lines.append(f"{(train.x.nbytes + test.x.nbytes) / 1e6:.1f} MB of pixels, from {dataset.source}")
+    split = train if train.found else test
+    labels = sorted(set(split.y.tolist()))[:SAMPLES]
+    rows = []
+    for label in labels:
+        ours = split.x[np.flatnonzero(split.y == label)[:SHOWN_FRAMES]]
+        blank = np.zeros((SHOWN_FRAMES - len(ours), *ours.shape[1:]), ours.dtype)
+        row = np.concatenate([*ours, *blank], axis=1) / 255
+        rows.append(np.broadcast_to(row, (*row.shape[:2], 3)))
+    return lines, rows, labels, name
+
+
+def _summary(name, train, test, expected):
+    """Say how much of the set there is."""
+    whole = "whole" if (train, test) == expected else "in part"
+    return [f"{name}: {train} of {expected[0]} for training, {test} of {expected[1]} for testing: {whole}"]
+
+
+def _spread(ours):
+    """Choose samples of as many classes as there are."""
+    by_label = {}
+    for recording in ours:
+        by_label.setdefault(recording.label, recording)
+    labels = sorted(by_label)
+    return [by_label[labels[i]] for i in np.unique(np.linspace(0, len(labels) - 1, SAMPLES).astype(int))]
+
+
+def two_colours(counts_HWC: np.ndarray) -> np.ndarray:
+    """Colour event counts [..., H, W, 2] on white, darker for more: ON orange, OFF blue, both black; in 0..1."""
+    seen = counts_HWC[counts_HWC > 0]
+    full = np.percentile(seen, 95) if seen.size else 1
+    off, on = np.moveaxis(np.minimum(counts_HWC / full, 1), -1, 0)[..., None]
+    return np.clip(1 - on * (1 - ON) - off * (1 - OFF), 0, 1)
+
+
+def _draw(rows, labels, title, path):
+    """Draw labelled rows of pictures under each other."""
+    from matplotlib.figure import Figure  # only here: a second
+
+    height, width = rows[0].shape[:2]
+    figure = Figure(figsize=(10, 10 * len(rows) * height / width + 0.6), layout="constrained")
+    for row, label, axes in zip(rows, labels, figure.subplots(len(rows), 1, squeeze=False)[:, 0], strict=True):
+        axes.imshow(row, interpolation="nearest", aspect="equal")
+        axes.set_xticks(np.arange(0, width + 1, width // SHOWN_FRAMES) - 0.5, [])
+        axes.set_yticks([])
+        axes.grid(axis="x", color="0.8")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=max(100, 12 * rows[0].shape[1] // 100))

@@ -1,0 +1,109 @@
+"""`python -m plif_jax.data check NAME`: counts, size, place and a picture that shows polarity and orientation."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from event_files import random_events, write_aedat2, write_nmnist
+from matplotlib.image import imread
+
+import plif_jax
+from plif_jax.data import check as checks
+from plif_jax.data.digits import write_recording
+from plif_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def test_a_part_of_nmnist(here):
+    write_nmnist(here / "data")
+    said = checks.check("NMNIST", here / "data", here / "cache")
+    assert "30 of 60000 for training, 20 of 10000 for testing: in part" in said
+    assert f"50 files, 0.1 MB, in {here / 'data'}" in said
+    assert str(here / "here" / "NMNIST.png") in said
+    assert imread("NMNIST.png").shape[0] > 500
+
+
+def test_the_simulated_digits_are_whole(here):
+    said = checks.check("Digits", None, here / "cache")
+    assert "1442 of 1442 for training, 355 of 355 for testing: whole" in said
+
+
+def test_orange_is_on_and_blue_is_off_where_the_events_are():
+    counts = np.zeros((4, 6, 2), int)
+    counts[0, 1, 1] = counts[3, 5, 0] = 2  # ON at the upper left, OFF at the lower right
+    picture = checks.two_colours(counts)
+    np.testing.assert_allclose(picture[0, 1], checks.ON)
+    np.testing.assert_allclose(picture[3, 5], checks.OFF)
+    assert (picture.reshape(-1, 3) == 1).all(1).sum() == 4 * 6 - 2
+
+
+def drawn(monkeypatch):
+    """Catch what is drawn."""
+    caught = []
+    monkeypatch.setattr(checks, "_draw", lambda rows, labels, title, path: caught.append((rows, labels, title)))
+    return caught
+
+
+def test_the_picture_is_upright_and_time_runs_to_the_right(here, monkeypatch):
+    """First all events at the upper left, then all at the lower right."""
+    t = np.arange(80)
+    corner = np.repeat([3, 30], 40)
+    for split in ("Train", "Test"):
+        (here / "data" / split / "4").mkdir(parents=True)
+        write_recording(here / "data" / split / "4" / "1.bin", {"t": t, "x": corner, "y": corner, "p": t % 2})
+    caught = drawn(monkeypatch)
+    checks.check("NMNIST", here / "data", here / "cache")
+    (((row,), labels, _),) = caught
+    assert labels == [4]
+    ys, xs = np.nonzero((row < 1).any(-1))
+    assert set(zip(ys.tolist(), xs.tolist(), strict=True)) == {
+        (corner, frame * 34 + corner) for frame in range(8) for corner in ([3] if frame < 4 else [30])
+    }
+
+
+def test_cifar10_dvs_is_turned_upright(here, monkeypatch):
+    """The upper left of the paper program's frame is the upper right of the picture."""
+    events = random_events(0, 100, 20, 20)
+    write_aedat2(here / "data" / "cat" / "cifar10_cat_0.aedat", events)
+    caught = drawn(monkeypatch)
+    checks.check("CIFAR10DVS", here / "data", here / "cache")
+    (((row,), labels, title),) = caught
+    assert labels == [3] and "quarter turn clockwise" in title
+    ys, xs = np.nonzero((row < 1).any(-1))
+    assert ys.max() < 20 and (xs % 128).min() >= 108
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("NMIST", "no data set 'NMIST'; allowed are .*Did you mean NMNIST?"),
+        ("CIFAR10DVS", "no recordings of CIFAR10DVS"),
+    ],
+)
+def test_mistakes_are_named(here, name, says):
+    with pytest.raises(UserError, match=says):
+        checks.check(name, here, here / "cache")
+
+
+def test_what_was_not_fetched_is_not_fetched_now(here):
+    with pytest.raises(UserError, match="NMNIST has not been fetched yet"):
+        checks.check("NMNIST", None, here / "cache")
+
+
+def test_the_command_line(here):
+    write_nmnist(here / "data")
+    command = [sys.executable, "-m", "plif_jax.data", "check"]
+    env = {"PYTHONPATH": str(Path(plif_jax.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    options = dict(capture_output=True, text=True, env=env, cwd=here)
+    good = subprocess.run([*command, "NMNIST", "-data_root", "data", "-cache_dir", "cache"], **options)
+    assert good.returncode == 0 and "30 of 60000" in good.stdout and (here / "NMNIST.png").is_file(), good.stderr
+    bad = subprocess.run([*command, "NMNIST", "--data_root", "nowhere"], **options)
+    assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and "nowhere is not a folder" in bad.stderr
