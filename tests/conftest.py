@@ -1,0 +1,22 @@
+"""Two virtual CPU devices, set up before anything imports JAX; warnings of our own code are errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+import jax
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", r"error:::plif_jax(\.|$)")
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64, in which results are compared to 1e-9."""
+    with jax.enable_x64(True):
+        yield
