@@ -1,0 +1,116 @@
+"""Curves of a run: accuracy and membrane time constants over epochs; and the look that every picture here shares.
+
+All drawing goes through matplotlib's objects, never through pyplot: nothing global changes, no window opens, and a
+training process can draw. Each function takes an axis and returns it.
+"""
+
+import math
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+# Okabe and Ito's palette, distinct for every kind of colour vision; its yellow is too pale for lines on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def figure(rows=1, columns=1, width=6.4, height=4.0, **subplots):
+    """A figure of `width` x `height` inches on an Agg canvas and its axes, as `Figure.subplots` shapes them."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig, fig.subplots(rows, columns, **subplots)
+
+
+def shades(n):
+    """n colours from dark to light, for things that have an order: layers by depth, tau by size."""
+    return [colormaps["viridis"](0.9 * i / max(n - 1, 1)) for i in range(n)]
+
+
+def tau_of(w):
+    """Membrane time constant in timesteps, tau = 1 / sigmoid(w) = 1 + exp(-w) (Fang et al., 2021, Eq. 8)."""
+    return 1 + np.exp(-np.asarray(w, np.float64))
+
+
+def w_tags(metrics) -> list[str]:
+    """The tags w0, w1, ... that a run logged, in the order of the layers; none for LIF."""
+    return sorted((tag for tag in metrics if tag[0] == "w" and tag[1:].isdigit()), key=lambda tag: int(tag[1:]))
+
+
+def infer_steps_per_epoch(metrics) -> int | None:
+    """Training steps per epoch, from w: it is logged after every epoch, at the step. None where there is no w."""
+    steps = [step for tag in w_tags(metrics) for step, _ in metrics[tag]]
+    return math.gcd(*steps) or None if steps else None
+
+
+def _style(points, color):
+    """A line; with dots where there are few enough points to tell apart."""
+    return {"color": color, "linewidth": 1.5, "marker": "o" if len(points) <= 40 else "", "markersize": 4}
+
+
+def _epoch_axis(ax):
+    ax.set_xlabel("epochs trained")
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+
+
+def accuracy_over_epochs(ax, metrics, tags=("test_accuracy", "val_accuracy")):
+    """Draws accuracies in percent over epochs, the epoch that counts marked.
+
+    Args:
+      metrics: {tag: [(epoch, value), ...]}, the first epoch 0: it is drawn at 1, for one epoch was trained.
+    """
+    for tag, color in zip(tags, COLORS, strict=False):
+        if points := metrics.get(tag):
+            epochs, values = np.array(points).T
+            ax.plot(epochs + 1, 100 * values, label=tag.split("_")[0], **_style(points, color))
+    if test := dict(metrics.get("test_accuracy", ())):
+        # Accuracy-B reads the test accuracy where validation was best; of equal epochs the later counts.
+        kind, decisive = ("B", "val_accuracy") if metrics.get("val_accuracy") else ("A", "test_accuracy")
+        epoch = max(metrics[decisive], key=lambda point: (point[1], point[0]))[0]
+        label = f"accuracy-{kind}: {100 * test[epoch]:.2f} %"
+        ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", markersize=11, label=label)
+        ax.legend(loc="best")
+    ax.set_ylabel("accuracy (%)")
+    _epoch_axis(ax)
+    return ax
+
+
+def tau_over_epochs(ax, metrics, steps_per_epoch=None):
+    """Draws the membrane time constant of every spiking layer over epochs; logarithmic where they spread far.
+
+    Args:
+      metrics: {"w0": [(step, w), ...], ...}
+      steps_per_epoch: inferred from the steps if None.
+    """
+    tags = w_tags(metrics)
+    steps_per_epoch = steps_per_epoch or infer_steps_per_epoch(metrics)
+    taus = []
+    for tag, color in zip(tags, shades(len(tags)), strict=True):
+        steps, w = np.array(metrics[tag]).T
+        taus.append(tau_of(w))
+        label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.2f}"
+        ax.plot(steps / steps_per_epoch, taus[-1], label=label, **_style(w, color))
+    if tags:
+        ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+        if max(map(np.max, taus)) > 8 * min(map(np.min, taus)):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylabel("membrane time constant tau (timesteps)")
+    _epoch_axis(ax)
+    return ax
+
+
+def summary(metrics, path, title=""):
+    """Writes the picture of a run: accuracy over epochs, and beside it tau where the network learns it."""
+    learned = bool(w_tags(metrics))
+    fig, axes = figure(1, 1 + learned, width=11 if learned else 6.4, squeeze=False)
+    accuracy_over_epochs(axes[0, 0], metrics)
+    if learned:
+        tau_over_epochs(axes[0, 1], metrics)
+    fig.suptitle(title, fontsize="medium")
+    fig.savefig(path, dpi=120)
