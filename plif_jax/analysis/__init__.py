@@ -1,0 +1,1 @@
+"""Looking inside trained networks: recordings, operation counts, pictures, other people's curves."""

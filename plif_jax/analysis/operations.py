@@ -1,0 +1,126 @@
+"""What an inference costs: synaptic operations from real spikes, against the same network without spikes.
+
+A spike that enters a convolution or linear layer adds a weight to every neuron it reaches: one accumulate for each.
+How many it reaches, its fan-out, is counted exactly; at the border of a convolution it is smaller. A value that is
+not a whole number (a pixel, an average of spikes) needs a multiply-accumulate for each instead.
+
+Batch normalisation is not counted, for it folds into the weights; nor are the neurons' own updates and moving data,
+which depend on the hardware.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from plif_jax.analysis.recording import evaluate
+
+# Energy of one operation in picojoules, 45 nm CMOS, 32-bit floating point: an addition 0.9, a multiplication 3.7
+# (Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014).
+ACCUMULATE_PJ = 0.9
+MULTIPLY_ACCUMULATE_PJ = 4.6
+
+
+@dataclass(frozen=True)
+class LayerOperations:
+    """Operations of one convolution or linear layer for each sample of a batch, all timesteps together."""
+
+    accumulates: np.ndarray  # [B] int64, one per spike and neuron it reaches; an event frame's value n counts n times
+    multiply_accumulates: np.ndarray  # [B] int64, one per analog value and neuron it reaches
+    dense: int  # multiply-accumulates of one pass of the layer in a network without spikes
+
+
+def count(net, x) -> dict[str, LayerOperations]:
+    """Counts the operations of an inference, in evaluation mode, from rest.
+
+    Args:
+      net: a `SpikingNet`.
+      x: images [B, H, W, C]: what sees them is analog and computed once, whatever T is; or frames [T, B, H, W, C].
+
+    Returns:
+      {layer name: LayerOperations} in the order of the layers.
+    """
+    graphdef, state = nnx.split(net)
+    fan_outs = {}
+
+    def note_fan_out(name, layer, entering, leaving):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            fan_outs[name] = fan_out(net.named_layers()[name], entering.shape[2:])
+
+    jax.eval_shape(partial(evaluate, observe=note_fan_out), graphdef, state, x)
+    # A common factor, the number of output channels, is taken out: what is left to sum fits 32 bits.
+    units = {name: int(np.gcd.reduce(reach, axis=None)) for name, reach in fan_outs.items()}
+    reduced = {name: (reach // units[name]).astype(np.int32) for name, reach in fan_outs.items()}
+    counted = jax.device_get(_count(graphdef, state, x, reduced))
+    operations = {}
+    for name, reach in fan_outs.items():
+        accumulates, multiplies = (units[name] * counts.astype(np.int64).sum(0) for counts in counted[name])
+        operations[name] = LayerOperations(accumulates, multiplies, int(reach.sum()))
+    return operations
+
+
+def fan_out(layer, shape) -> np.ndarray:
+    """How many output values each input value of a layer reaches, [*shape] int64, for an input of `shape`.
+
+    It is the layer's transpose, all weights 1, applied to ones: so strides, padding and groups are all respected.
+    """
+    graphdef, weights = nnx.split(layer)
+    with jax.ensure_compile_time_eval():
+        ones = nnx.merge(graphdef, jax.tree.map(jnp.ones_like, weights))
+        y, transpose = jax.vjp(ones, jnp.zeros((1, *shape), jnp.float32))
+        return np.rint(np.asarray(transpose(jnp.ones_like(y))[0][0], np.float64)).astype(np.int64)
+
+
+@partial(jax.jit, static_argnums=0)
+def _count(graphdef, state, x, reach):
+    counts = {}
+
+    def observe(name, layer, entering, leaving):
+        if name not in reach:
+            return
+        # Every pixel of an image takes part, a black one too: its layer is dense.
+        whole = (entering == jnp.round(entering)) & (not name.startswith("static_conv"))
+        spikes = jnp.where(whole, jnp.abs(entering), 0).astype(jnp.int32)
+        analog = (~whole).astype(jnp.int32)
+        counts[name] = tuple(jnp.sum(a * reach[name], axis=tuple(range(2, a.ndim))) for a in (spikes, analog))
+
+    evaluate(graphdef, state, x, observe)
+    return counts
+
+
+def energy(
+    operations: Mapping[str, LayerOperations],
+    accumulate_pj: float = ACCUMULATE_PJ,
+    multiply_accumulate_pj: float = MULTIPLY_ACCUMULATE_PJ,
+) -> tuple[np.ndarray, float]:
+    """Estimated energy in joules of an inference [B], and of one pass of the same network without spikes.
+
+    E = accumulates * accumulate_pj + multiply_accumulates * multiply_accumulate_pj, the usual estimate for arithmetic
+    alone; the defaults are for 45 nm (Horowitz, ISSCC 2014).
+    """
+    layers = operations.values()
+    spiking = sum(
+        layer.accumulates * accumulate_pj + layer.multiply_accumulates * multiply_accumulate_pj for layer in layers
+    )
+    return spiking * 1e-12, sum(layer.dense for layer in layers) * multiply_accumulate_pj * 1e-12
+
+
+def table(operations: Mapping[str, LayerOperations]) -> str:
+    """The counts as lines of text, in millions per sample (mean over the batch), with the energy below."""
+    lines = [f"{'layer':<14}{'accumulates':>14}{'multiply-acc.':>15}{'without spikes':>16}   (millions per sample)"]
+    totals = np.zeros(3)
+    for name, layer in operations.items():
+        row = np.array([layer.accumulates.mean(), layer.multiply_accumulates.mean(), layer.dense]) / 1e6
+        totals += row
+        lines.append(f"{name:<14}{row[0]:>14.3f}{row[1]:>15.3f}{row[2]:>16.3f}")
+    lines.append(f"{'all':<14}{totals[0]:>14.3f}{totals[1]:>15.3f}{totals[2]:>16.3f}")
+    spiking, dense = energy(operations)
+    lines.append(
+        f"energy {1e6 * spiking.mean():.2f} uJ against {1e6 * dense:.2f} uJ for one pass without spikes "
+        f"({ACCUMULATE_PJ} pJ an accumulate, {MULTIPLY_ACCUMULATE_PJ} pJ a multiply-accumulate, 45 nm)"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""What the neurons of a network did: currents, membranes, spikes and firing rates of every spiking layer.
+
+A recording watches `SpikingNet.unroll` from outside. The network stays as it is and pays nothing when nobody looks;
+membranes are computed again from the currents, for the chosen neurons only.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from plif_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerRecord:
+    """One spiking layer during T timesteps and B samples.
+
+    `...` is the layer's own shape, (H, W, C) or (features,); where neurons were chosen it is (n,). Potentials and
+    currents are in units of the paper's, in which the threshold is 1.
+    """
+
+    currents: jax.Array  # x [T, B, ...], the input of the neurons
+    charges: jax.Array  # h [T, B, ...], the membrane after charging and before the reset: it fires where h >= threshold
+    membranes: jax.Array  # v [T, B, ...], the membrane after the reset: what the next timestep starts from
+    spikes: jax.Array  # s [T, B, ...], 0 or 1
+    firing_rate: jax.Array  # [T, B], share of all neurons of the layer that fired
+    neuron_rate: jax.Array  # layer's own shape, share of all timesteps and samples in which each neuron fired
+
+
+def record(net, x, neurons=None, *, batch_size=None):
+    """Runs a network in evaluation mode on x from rest, and returns what its spiking layers did.
+
+    Compiled, it keeps of a large batch only what was chosen: with `neurons=0` the firing rates alone.
+
+    Args:
+      net: a `SpikingNet`; neither its mode nor its weights and statistics change.
+      x: images [B, H, W, C] or frames [T, B, H, W, C].
+      neurons: which neurons' currents, membranes and spikes to return: all (None), a number of them spread evenly over
+        each layer, or {layer name: indices into the layer's flattened shape}, layers not named giving rates only.
+      batch_size: samples at a time, to bound memory; the whole batch if None.
+
+    Returns:
+      Firing rates of the classes [B, classes], and {layer name: LayerRecord} in the order of the layers.
+
+    Raises:
+      UserError: a layer that does not exist, or an index beyond its neurons.
+    """
+    graphdef, state = nnx.split(net)
+    batch_axis = x.ndim - 4  # 0 in images, 1 in frames
+    size = x.shape[batch_axis]
+    chosen = _chosen(net, jax.lax.slice_in_dim(x, 0, min(size, 1), axis=batch_axis), neurons)
+    parts = []
+    for start in range(0, size, batch_size or size):
+        part = jax.lax.slice_in_dim(x, start, min(start + (batch_size or size), size), axis=batch_axis)
+        parts.append(_record(graphdef, state, part, chosen))
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _chosen(net, x, neurons):
+    """{layer: flat indices [n], or None for all}, checked against the layers' shapes."""
+    sizes = {}
+
+    def observe(name, layer, entering, leaving):
+        if name in names:
+            sizes[name] = int(np.prod(leaving.shape[2:]))
+
+    names = net.named_neurons()
+    jax.eval_shape(partial(evaluate, observe=observe), *nnx.split(net), x)
+    if neurons is None:
+        return dict.fromkeys(sizes)
+    if isinstance(neurons, int):
+        return {name: np.linspace(0, n - 1, min(neurons, n)).astype(int) for name, n in sizes.items()}
+    if unknown := neurons.keys() - sizes.keys():
+        raise UserError(f"no spiking layer {min(unknown)}; this network's are {', '.join(sizes)}")
+    chosen = {name: np.asarray(neurons.get(name, ()), int) for name in sizes}
+    for name, index in chosen.items():
+        if index.size and not (index.min() >= 0 and index.max() < sizes[name]):
+            raise UserError(f"neuron {index.max()} of {name}: it has {sizes[name]} neurons, counted from 0")
+    return chosen
+
+
+def evaluate(graphdef, state, x, observe):
+    """Firing rates [B, classes] of a split network in evaluation mode, watched by `observe`; pure."""
+    net = nnx.merge(graphdef, state)
+    net.eval()
+    return net(x, observe=observe)
+
+
+@partial(jax.jit, static_argnums=0)
+def _record(graphdef, state, x, chosen):
+    records = {}
+
+    def observe(name, layer, entering, leaving):
+        if name in chosen:
+            records[name] = _layer_record(layer, entering, leaving, chosen[name])
+
+    return evaluate(graphdef, state, x, observe), records
+
+
+def _layer_record(neuron, currents, spikes, index):
+    T, B = spikes.shape[:2]
+    counted = spikes.astype(jnp.float32)
+    firing_rate = counted.reshape(T, B, -1).mean(-1)
+    neuron_rate = counted.mean((0, 1))
+    if index is not None:
+        currents, spikes = (a.reshape(T, B, -1)[..., index] for a in (currents, spikes))
+
+    def step(v, x):
+        h = neuron.charge(v, x.astype(v.dtype))
+        v, _ = neuron.step(v, x)
+        return v, (h, v)
+
+    _, (charges, membranes) = jax.lax.scan(step, neuron.rest(currents), currents)
+    return LayerRecord(currents, charges, membranes, spikes, firing_rate, neuron_rate)
+
+
+def _joined(parts):
+    """The records of consecutive parts of a batch, as one."""
+    rates, layers = zip(*parts, strict=True)
+    share = np.array([len(r) for r in rates]) / sum(map(len, rates))
+    joined = {}
+    for name in layers[0]:
+        records = [layer[name] for layer in layers]
+        along_batch = {
+            field: jnp.concatenate([getattr(r, field) for r in records], axis=1)
+            for field in ("currents", "charges", "membranes", "spikes", "firing_rate")
+        }
+        neuron_rate = sum(w * r.neuron_rate for w, r in zip(share, records, strict=True))
+        joined[name] = LayerRecord(**along_batch, neuron_rate=neuron_rate)
+    return jnp.concatenate(rates), joined

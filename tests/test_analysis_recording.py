@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plif_jax import networks
+from plif_jax.analysis import operations, recording
+from plif_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A small event network in training mode, scaled so that every layer spikes."""
+    net = networks.NMNISTNet(T=4, channels=8, number_layer=2, init_tau=2.0, rngs=nnx.Rngs(0))
+    for layer in net.named_layers().values():
+        if hasattr(layer, "kernel"):
+            layer.kernel[...] *= 8
+    return net
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return jnp.asarray(np.random.default_rng(0).poisson(0.5, (4, 3, 34, 34, 2)), jnp.float32)
+
+
+def test_recording_follows_the_neuron_equations(net, frames):
+    rates, layers = recording.record(net, frames)
+    assert list(layers) == ["conv.2", "conv.6", "fc.3", "fc.6"]
+    for layer in layers.values():
+        v = np.zeros(layer.currents.shape[1:])
+        for t in range(4):
+            h = v + (np.asarray(layer.currents[t]) - v) / 2
+            np.testing.assert_allclose(layer.charges[t], h, rtol=1e-5, atol=1e-6)
+            fired = np.asarray(layer.charges[t]) >= 1
+            np.testing.assert_array_equal(layer.spikes[t], fired)
+            v = np.where(fired, 0, layer.charges[t])
+            np.testing.assert_allclose(layer.membranes[t], v, rtol=1e-6, atol=1e-6)
+        assert 0 < layer.firing_rate.mean() < 1
+        np.testing.assert_allclose(
+            layer.firing_rate, np.mean(layer.spikes, tuple(range(2, layer.spikes.ndim))), atol=1e-6
+        )
+        np.testing.assert_allclose(layer.neuron_rate, np.mean(layer.spikes, (0, 1)), atol=1e-6)
+    votes = np.mean(layers["fc.6"].spikes, 0).reshape(3, 10, 10).mean(-1)
+    np.testing.assert_allclose(rates, votes, atol=1e-6)
+
+
+def test_recording_leaves_the_network_alone(net, frames):
+    before = jax.tree.map(np.array, nnx.state(net))
+    training = net.conv[1].use_running_average
+    recording.record(net, frames, 2)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(net))
+    assert net.conv[1].use_running_average == training
+
+
+def test_chosen_neurons_and_parts_of_a_batch_are_those_of_the_whole(net, frames):
+    rates, whole = recording.record(net, frames)
+    index = np.array([5, 9247, 0])
+    part_rates, chosen = recording.record(net, frames, {"conv.2": index}, batch_size=2)
+    np.testing.assert_array_equal(part_rates, rates)
+    for field in ("currents", "charges", "membranes", "spikes"):
+        expected = getattr(whole["conv.2"], field).reshape(4, 3, -1)[..., index]
+        # Convolutions of other batch sizes round otherwise.
+        np.testing.assert_allclose(getattr(chosen["conv.2"], field), expected, atol=1e-5)
+        assert getattr(chosen["fc.3"], field).shape == (4, 3, 0)
+    np.testing.assert_allclose(chosen["fc.3"].neuron_rate, whole["fc.3"].neuron_rate, atol=1e-6)
+    np.testing.assert_allclose(chosen["conv.6"].firing_rate, whole["conv.6"].firing_rate, atol=1e-6)
+
+
+def test_a_number_of_neurons_spreads_over_each_layer(net, frames):
+    _, layers = recording.record(net, frames, 5)
+    assert {layer.spikes.shape for layer in layers.values()} == {(4, 3, 5)}
+
+
+def test_wrong_choices_are_named(net, frames):
+    with pytest.raises(UserError, match=r"no spiking layer conv\.3; this network's are conv\.2, conv\.6"):
+        recording.record(net, frames, {"conv.3": [0]})
+    with pytest.raises(UserError, match=r"neuron 100 of fc\.6: it has 100 neurons"):
+        recording.record(net, frames, {"fc.6": [100]})
+
+
+def test_recording_works_under_jit(net, frames):
+    graphdef, state = nnx.split(net)
+    traced = jax.jit(lambda state, x: recording.record(nnx.merge(graphdef, state), x, 3)[1]["fc.3"].spikes)
+    np.testing.assert_array_equal(traced(state, frames), recording.record(net, frames, 3)[1]["fc.3"].spikes)
+
+
+def test_fan_out_counts_what_a_lone_spike_changes():
+    layer = nnx.Conv(2, 6, (3, 3), strides=(2, 1), padding=1, use_bias=False, rngs=nnx.Rngs(0))
+    reach = operations.fan_out(layer, (5, 4, 2))
+    lone = jnp.eye(40).reshape(40, 5, 4, 2)
+    np.testing.assert_array_equal(reach.ravel(), jnp.count_nonzero(layer(lone), axis=(1, 2, 3)))
+
+
+def test_operations_of_events_and_spikes(net, frames):
+    counted = operations.count(net, frames)
+    assert list(counted) == ["conv.0", "conv.4", "fc.2", "fc.5"]
+    taps = np.pad(np.full((32, 32), 9), 1)
+    taps[0, :] = taps[-1, :] = taps[:, 0] = taps[:, -1] = 6
+    taps[[0, 0, -1, -1], [0, -1, 0, -1]] = 4
+    expected = 8 * np.einsum("tbhwc,hw->b", frames, taps)
+    np.testing.assert_array_equal(counted["conv.0"].accumulates, expected)
+    assert counted["conv.0"].dense == 8 * 2 * taps.sum()
+    hidden = recording.record(net, frames)[1]["fc.3"].spikes
+    np.testing.assert_array_equal(counted["fc.5"].accumulates, 100 * np.sum(hidden, (0, 2)))
+    assert counted["fc.5"].dense == hidden.shape[-1] * 100
+    assert all((layer.multiply_accumulates == 0).all() for layer in counted.values())
+
+
+def test_pixels_and_averaged_spikes_are_multiplied():
+    table = {
+        "static_conv": [networks.conv(4), networks.norm],
+        "conv": [networks.neuron, networks.pool, networks.conv(4)],
+        "fc": [networks.flatten, networks.linear(20), networks.neuron],
+    }
+    net = networks.SpikingNet(table, (8, 8, 1), 2, T=3, init_tau=1.1, use_max_pool=False, rngs=nnx.Rngs(0))
+    image = jnp.linspace(0, 4, 64).reshape(1, 8, 8, 1)
+    counted = operations.count(net, image)
+    first, second = counted["static_conv.0"], counted["conv.2"]
+    assert first.accumulates == [0] and first.multiply_accumulates == [first.dense] == [4 * 22 * 22]
+    spikes = recording.record(net, image)[1]["conv.0"].spikes
+    averaged = np.asarray(spikes).reshape(3, 1, 4, 2, 4, 2, 4).mean((3, 5))
+    reach = operations.fan_out(net.conv[2], (4, 4, 4))
+    assert second.multiply_accumulates == [(reach * ((averaged > 0) & (averaged < 1))).sum()] != [0]
+    assert second.accumulates == [(reach * (averaged == 1)).sum()] != [0]
+
+
+def test_energy_has_changeable_constants():
+    counted = {"a": operations.LayerOperations(np.array([10, 0]), np.array([1, 2]), 50)}
+    spiking, dense = operations.energy(counted)
+    np.testing.assert_allclose(spiking, [13.6e-12, 9.2e-12])
+    assert dense == pytest.approx(230e-12)
+    np.testing.assert_allclose(operations.energy(counted, 1, 2)[0], [12e-12, 4e-12])
+    assert "energy 0.00 uJ" in operations.table(counted)
