@@ -18,6 +18,6 @@ def load(config, progress=True):
         T=config.T,
         split_by=config.split_by,
         normalization=config.normalization,
-        dvs_split=config.dvs_split,
+        cifar10dvs_split=config.cifar10dvs_split,
         progress=progress,
     )

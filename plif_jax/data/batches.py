@@ -4,6 +4,7 @@ A batch is a pure function of (seed, epoch, step): no iterator has a state that 
 same indices address a data set in device memory or in a memory map on disk, so both give the same batches.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,8 +106,7 @@ class Feed:
 
     def take(self, index_KB: np.ndarray):
         """The arguments x, y, index of K steps; index is [local devices, K, B / devices], -1 where padded."""
-        K, B = index_KB.shape
-        index = index_KB.reshape(K, len(self.devices), -1).transpose(1, 0, 2)[self.local]  # [L, K, b]
+        index = index_KB.reshape(len(index_KB), len(self.devices), -1).transpose(1, 0, 2)[self.local]  # [L, K, b]
         if self.axis is None:
             return self.x, self.y, index.astype(np.int32)
         flat = np.maximum(index, 0).reshape(len(index), -1)
@@ -118,7 +118,7 @@ class Feed:
         ends = np.cumsum([0, *sizes])
         with ThreadPoolExecutor(1) as reader:
             coming = None
-            for start, end in zip(ends[:-1], ends[1:], strict=True):
+            for start, end in itertools.pairwise(ends):
                 following = reader.submit(self.take, index_SB[start:end])
                 if coming is not None:
                     yield coming.result()

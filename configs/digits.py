@@ -1,0 +1,20 @@
+"""The quickstart: scikit-learn's digits seen by a simulated event camera, a narrow N-MNIST network. No download.
+
+make quickstart
+python experiments/train.py -config configs/digits.py
+"""
+
+from plif_jax.config import Config
+
+config = Config(
+    dataset_name="Digits",
+    init_tau=2.0,
+    use_plif=True,
+    use_max_pool=True,
+    detach_reset=True,
+    T=10,
+    channels=16,
+    number_layer=2,
+    max_epoch=8,
+    T_max=8,
+)

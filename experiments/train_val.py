@@ -1,0 +1,17 @@
+"""Accuracy-B: keeps 15 % of each class for validation, reports the test accuracy of the best validated epoch.
+
+    python experiments/train_val.py -init_tau 2.0 -use_max_pool -use_plif -dataset_name MNIST -T 8 -max_epoch 1024 -detach_reset
+
+The same command again continues a stopped run. -h lists the flags.
+"""
+
+from plif_jax import cli, config
+from plif_jax.training.loop import train
+
+
+def main(argv):
+    train(config.parse(argv, __doc__, val_ratio=0.15))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Training: one pure step, sharded over devices, and the loop around it."""

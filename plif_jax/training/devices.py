@@ -1,0 +1,47 @@
+"""The devices of a run, from the paper program's -device flag."""
+
+import jax
+
+from plif_jax.errors import UserError
+
+
+def choose(config, say=print) -> list:
+    """The devices that share the batch; all of them where `device` is absent.
+
+    "cpu", "gpu" (or "cuda") and "tpu" name all devices of a kind, "cuda:0" one, "cuda:0,1" several. Where the machine
+    has none of that kind, the devices that it has are taken, and that is said: so the paper's commands run anywhere.
+
+    Raises:
+      UserError: the device does not exist, or the batch does not divide among the devices.
+    """
+    devices = jax.devices()
+    if config.device is not None:
+        devices = _named(config.device, say)
+    share, rest = divmod(config.batch_size, len(devices))
+    if rest:
+        fitting = [n for n in (share * len(devices), (share + 1) * len(devices)) if n]
+        raise UserError(
+            f"-batch_size {config.batch_size} does not divide among {len(devices)} devices; "
+            f"give {' or '.join(map(str, fitting))}, or fewer devices with -device"
+        )
+    return devices
+
+
+def _named(name, say):
+    kind, _, numbers = name.partition(":")
+    platform = {"cuda": "gpu", "gpu": "gpu", "cpu": "cpu", "tpu": "tpu"}.get(kind)
+    picked = [part for part in numbers.split(",") if part]
+    if platform is None or not all(part.isdecimal() for part in picked):
+        raise UserError(f"-device {name}: give cpu, tpu, cuda, cuda:0 or cuda:0,1")
+    try:
+        devices = jax.devices(platform)
+    except RuntimeError:
+        devices = jax.devices()
+        say(f"-device {name}: JAX finds no {kind} here; using {', '.join(map(str, devices))}")
+        return devices
+    beyond = [part for part in picked if int(part) >= len(devices)]
+    if beyond:
+        raise UserError(
+            f"-device {name}: there is no {kind}:{beyond[0]}; this machine has {kind}:0 to {len(devices) - 1}"
+        )
+    return [devices[int(part)] for part in dict.fromkeys(picked)] or devices

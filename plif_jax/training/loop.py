@@ -1,0 +1,237 @@
+"""The training loop: epochs of steps, evaluation, logs and checkpoints."""
+
+import sys
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from plif_jax import data
+from plif_jax.data import batches
+from plif_jax.errors import UserError
+from plif_jax.neurons import PLIF
+from plif_jax.training import devices, report, signals, state, step
+from plif_jax.training.checkpoint import Checkpoints
+from plif_jax.training.logs import Logs
+
+LOG_EVERY = 256  # steps between train_loss and train_accuracy, as the paper's program logs
+
+
+def train(config, say=print) -> dict:
+    """Trains as the settings say, or continues where an earlier call was stopped, and returns the result.
+
+    Accuracy-A (Fang et al., 2021): the best test accuracy over epochs. With `val_ratio`, accuracy-B: the test accuracy
+    of the epoch with the best validation accuracy. Of equal epochs the later counts. Writes TensorBoard scalars,
+    checkpoints, `config.json`, `result.json` and `summary.png`.
+
+    Raises:
+      UserError: a setting, the data or a checkpoint does not allow the run; or a loss or gradient is not finite.
+      signals.Interrupted: SIGTERM or SIGINT asked the run to stop; it has saved, and the same call continues it.
+    """
+    main = jax.process_index() == 0
+    say = say if main else lambda line: None
+    state.set_precision(config)
+    chosen = devices.choose(config, say)
+    dataset = data.load(config, progress=main)
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
+    checkpoints = Checkpoints(config.checkpoint_dir, config, say)
+    try:
+        with signals.listening() as stop:
+            return Run(config, dataset, chosen, checkpoints, stop, say).finish()
+    finally:
+        checkpoints.close()
+
+
+class Run:
+    """A run in progress: the state on the devices, and how far it has come.
+
+    `progress` is what a checkpoint keeps beside the state: the epochs done, how many scalars were logged, seconds
+    spent, and the figures of the best and the last epoch.
+    """
+
+    def __init__(self, config, dataset, chosen, checkpoints, stop, say):
+        self.config, self.devices, self.checkpoints, self.stop, self.say = config, chosen, checkpoints, stop, say
+        self.main = jax.process_index() == 0
+        self.parts = batches.partition(config, dataset)
+        self.steps_per_epoch = len(self.parts["train"]) // config.batch_size
+        optimizer = state.adam(config, self.steps_per_epoch)
+        self.graphdef, self.state = state.create(config, optimizer, chosen)
+        train_feed = batches.Feed(dataset.train, chosen, config.data_on_device)
+        test_feed = batches.Feed(dataset.test, chosen, config.data_on_device)
+        self.feeds = {"train": train_feed, "val": train_feed, "test": test_feed}
+        self.train_steps = step.make_train(config, self.graphdef, optimizer, chosen, train_feed.axis)
+        self.evaluate_batches = {
+            axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
+        }
+        self.progress = {"epoch": 0, "points": 0, "seconds": 0.0, "samples_per_second": 0.0, "best": None, "last": None}
+        self.taus_before = self.taus()
+        restored = checkpoints.restore(self.state)
+        if restored is not None:
+            self.state, self.progress = restored
+            say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
+        if self.main:
+            self.logs = Logs(config.run_dir, self.progress["points"])
+            (config.run_dir / "config.json").write_text(config.to_json())
+        self.started = time.monotonic() - self.progress["seconds"]
+
+    def finish(self) -> dict:
+        """Trains the epochs that are left and returns the result."""
+        if self.progress["epoch"] >= self.config.max_epoch:
+            self.say(f"finished already: {self.progress['epoch']} epochs are done; a larger -max_epoch trains on")
+        for epoch in range(self.progress["epoch"], self.config.max_epoch):
+            figures = self.train_epoch(epoch)
+            if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.max_epoch:
+                figures |= {f"{name}_accuracy": self.accuracy(name) for name in self.parts if name != "train"}
+            self.conclude(epoch, figures)
+        result = report.result(self)
+        if self.main:
+            self.logs.close()
+            report.write(self.config, result, self.say)
+        return result
+
+    def train_epoch(self, epoch) -> dict:
+        """Takes the epoch's steps that are left and returns its mean loss and accuracy."""
+        index_SB = batches.training_batches(self.config.seed, epoch, self.parts["train"], self.config.batch_size)
+        first = epoch * self.steps_per_epoch
+        done = int(self.state.step) - first
+        sizes = self._call_sizes(done)
+        sums, count, pending = np.zeros(2), 0, None
+        bar = tqdm(
+            total=len(index_SB),
+            initial=done,
+            desc=f"epoch {epoch + 1}/{self.config.max_epoch}",
+            unit="step",
+            leave=False,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            disable=not self.main,
+        )
+        calls = self.feeds["train"].chunks(index_SB[done:], sizes)
+        with bar:
+            began = time.monotonic()
+            for size, arguments in zip(sizes, calls, strict=True):
+                self.state, metrics = self.train_steps(self.state, *arguments)
+                # The figures of the call before: reading them does not make the devices wait.
+                if pending is not None:
+                    sums += self._account(*pending, index_SB)
+                    count += pending[1]
+                    bar.set_postfix(loss=f"{sums[0] / count:.4f}", accuracy=f"{sums[1] / count:.3f}", refresh=False)
+                    bar.update(pending[1])
+                pending = (first + done, size, metrics)
+                done += size
+                if self.stop.signum is not None:
+                    break
+            if pending is not None:
+                sums += self._account(*pending, index_SB)
+                count += pending[1]
+            self.progress["samples_per_second"] = count * self.config.batch_size / (time.monotonic() - began)
+        self._stop_if_asked(epoch)
+        return {"loss": sums[0] / max(count, 1), "train_accuracy": sums[1] / max(count, 1)}
+
+    def _call_sizes(self, done):
+        """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
+        K = steps_per_call(self.config, self.devices)
+        sizes = [K] * (self.steps_per_epoch // K) + [1] * (self.steps_per_epoch % K)
+        while done > 0:
+            done -= sizes.pop(0)
+        return sizes
+
+    def _account(self, first, size, metrics, index_SB):
+        """Logs the figures of a call's steps; returns their summed loss and accuracy."""
+        loss, accuracy, healthy = (np.asarray(metrics[name]) for name in ("loss", "accuracy", "healthy"))
+        if not healthy.all():
+            self._explain_failure(first + int(np.argmin(healthy)), index_SB)
+        if self.main:
+            for i in range(-first % LOG_EVERY, size, LOG_EVERY):
+                self.logs.add("train_accuracy", accuracy[i], first + i)
+                self.logs.add("train_loss", loss[i], first + i)
+        return np.array([loss.sum(dtype=float), accuracy.sum(dtype=float)])
+
+    def _explain_failure(self, at, index_SB):
+        epoch, position = divmod(at, self.steps_per_epoch)
+        split = self.parts["train"].split
+        x, y = split.x[index_SB[position]], split.y[index_SB[position]]
+        where = step.first_failure(self.config, self.graphdef, jax.device_get(self.state), x, y)
+        raise UserError(
+            f"epoch {epoch + 1}, step {at}: {where or 'the loss'} is not finite. Nothing was saved since the last "
+            f"checkpoint; -seed {self.config.seed} gives the same batch again; a smaller -learning_rate may help"
+        )
+
+    def accuracy(self, name) -> float:
+        """Share of a part's samples, 0..1, that the network as it is now classifies rightly."""
+        feed = self.feeds[name]
+        evaluate = self.evaluate_batches[feed.axis]
+        confusion = 0
+        for counts in evaluation_counts(self.config, evaluate, feed, self.state, self.parts[name], self.devices):
+            confusion = confusion + np.asarray(counts["confusion"])
+            self._stop_if_asked(self.progress["epoch"])
+        return float(np.trace(confusion) / confusion.sum())
+
+    def conclude(self, epoch, figures):
+        """Logs an epoch's figures, remembers the best, saves."""
+        progress, last_step = self.progress, (epoch + 1) * self.steps_per_epoch
+        figures |= {"epoch": epoch + 1}
+        score = -1.0
+        if "test_accuracy" in figures:
+            score = figures["test_accuracy" if self.config.val_ratio is None else "val_accuracy"]
+            if progress["best"] is None or score >= progress["best"]["score"]:
+                progress["best"] = figures | {"score": score}
+            progress["last"] = figures
+        if self.main:
+            for name in ("test_accuracy", "val_accuracy"):
+                if name in figures:
+                    self.logs.add(name, figures[name], epoch)
+            for i, w in enumerate(self._learned("w")):
+                self.logs.add(f"w{i}", w, last_step)
+        progress["epoch"] = epoch + 1
+        self._save(score)
+        self.say(report.epoch_line(self, figures))
+
+    def _save(self, score):
+        self.progress["seconds"] = time.monotonic() - self.started
+        self.progress["points"] = self.logs.sync() if self.main else 0
+        self.checkpoints.save(self.state, self.progress, score)
+
+    def _stop_if_asked(self, epoch):
+        if self.stop.signum is not None:
+            self._save(-1.0)
+            self.checkpoints.wait()
+            interrupted = signals.Interrupted(self.stop.signum)
+            self.say(
+                f"{interrupted} in epoch {epoch + 1}, step {int(self.state.step)}; saved: the same command continues"
+            )
+            raise interrupted
+
+    def network(self):
+        """The network as it is now, in evaluation mode, on one device."""
+        params, batch_stats = jax.device_get((self.state.params, self.state.batch_stats))
+        net = nnx.merge(self.graphdef, params, batch_stats)
+        net.set_attributes(axis_name=None)
+        net.eval()
+        return net
+
+    def _learned(self, name):
+        return [float(getattr(n, name)[...]) for n in self.network().named_neurons().values() if isinstance(n, PLIF)]
+
+    def taus(self) -> dict[str, float]:
+        """tau of every spiking layer now, in timesteps, by the layer's name."""
+        return {name: float(neuron.tau) for name, neuron in self.network().named_neurons().items()}
+
+
+def steps_per_call(config, chosen):
+    """Steps per dispatch: on an accelerator the host would otherwise be most of a small step's time."""
+    return config.steps_per_call or (1 if chosen[0].platform == "cpu" else 32)
+
+
+def evaluation_counts(config, evaluate, feed, now, part, chosen):
+    """Yields what `evaluate` counts, call by call, over all samples of a part."""
+    # Large event frames fill a device's memory sooner than small ones.
+    batch_size = config.batch_size * (4 if max(config.facts.shape) < 64 else 1)
+    K = steps_per_call(config, chosen)
+    index_SB = batches.evaluation_batches(part, batch_size)
+    padding = np.full((-len(index_SB) % K, batch_size), -1, index_SB.dtype)
+    index_SB = np.concatenate([index_SB, padding])
+    for arguments in feed.chunks(index_SB, [K] * (len(index_SB) // K)):
+        yield evaluate(now.params, now.batch_stats, *arguments)

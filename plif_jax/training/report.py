@@ -1,0 +1,65 @@
+"""What a run tells: a line per epoch, and at the end the result in words, as JSON and as a picture."""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import version
+
+from plif_jax import __version__
+from plif_jax.curves import summary
+from plif_jax.training.logs import read_metrics
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tonic", "tensorflow-datasets", "numpy")
+
+
+def _percent(figures, names=("train_accuracy", "val_accuracy", "test_accuracy")):
+    return "  ".join(f"{name.removesuffix('_accuracy')} {figures[name]:.2%}" for name in names if name in figures)
+
+
+def epoch_line(run, figures) -> str:
+    """An epoch's figures on one line."""
+    best = f" (best {run.progress['best']['score']:.2%})" if run.progress["best"] else ""
+    taus = " ".join(f"{tau:.2f}" for tau in run.taus().values())
+    return (
+        f"epoch {figures['epoch']:>4}/{run.config.max_epoch}  loss {figures['loss']:.4f}  {_percent(figures)}{best}  "
+        f"tau {taus}  {run.progress['samples_per_second']:.0f} samples/s"
+    )
+
+
+def result(run) -> dict:
+    """The run's result: best and last figures, tau before and after, speed, settings and versions."""
+    progress = run.progress
+    return {
+        "dataset": run.config.dataset_name,
+        "protocol": "accuracy-A" if run.config.val_ratio is None else "accuracy-B",
+        "best": progress["best"],
+        "last": progress["last"],
+        "epochs": progress["epoch"],
+        "samples": {name: len(part) for name, part in run.parts.items()},
+        "tau_before": run.taus_before,
+        "tau": run.taus(),
+        "seconds": progress["seconds"],
+        "samples_per_second": progress["samples_per_second"],
+        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in run.devices],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "plif_jax": __version__}
+        | {name: version(name) for name in PACKAGES},
+        "settings": dataclasses.asdict(run.config),
+    }
+
+
+def write(config, result, say):
+    """Writes `result.json` and `summary.png` into the run folder and says what there is to know."""
+    folder = config.run_dir
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    summary(read_metrics(folder), folder / "summary.png", title=config.run_name)
+    best, last = result["best"], result["last"]
+    say(f"\n{result['protocol']} of {config.run_name}")
+    chosen = "test" if config.val_ratio is None else "validation"
+    say(f"  best   {_percent(best)} in epoch {best['epoch']}, chosen by {chosen} accuracy")
+    say(f"  last   {_percent(last)} in epoch {last['epoch']}")
+    for name, tau in result["tau"].items():
+        say(f"  tau    {name:<8} {result['tau_before'][name]:.3f} -> {tau:.3f}")
+    say(f"  time   {result['seconds']:.0f} s, {result['samples_per_second']:.0f} training samples/s")
+    say(f"  run    {folder}  (summary.png, result.json, TensorBoard; checkpoints in {config.checkpoint_dir})")

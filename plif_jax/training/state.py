@@ -1,0 +1,74 @@
+"""What training changes, as one pytree."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from plif_jax.data.batches import replicated
+from plif_jax.networks import NETWORKS
+
+# The mapped axis over devices: what averages over the batch averages over it too.
+AXIS = "batch"
+
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": None}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a training step reads and writes.
+
+    `healthy` turns False at the first loss or gradient that is not finite and stays so: the state is then the one
+    before that step, and later steps leave it alone.
+    """
+
+    params: nnx.State
+    batch_stats: nnx.State
+    opt_state: Any
+    step: jax.Array
+    healthy: jax.Array
+
+
+def set_precision(config):
+    """Switches JAX to 64 bits where the run computes in float64; before any array is made."""
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+def network(config, **settings):
+    """The network that a `Config` names, with its initial weights from the seed."""
+    if config.facts.events:
+        settings |= dict(channels=config.channels, number_layer=config.number_layer)
+    return NETWORKS[config.dataset_name](
+        T=config.T,
+        init_tau=config.init_tau,
+        use_plif=config.use_plif,
+        use_max_pool=config.use_max_pool,
+        alpha_learnable=config.alpha_learnable,
+        detach_reset=config.detach_reset,
+        dtype=DTYPES[config.precision],
+        rngs=nnx.Rngs(config.seed),
+        **settings,
+    )
+
+
+def adam(config, steps_per_epoch):
+    """Adam with lr(epoch) = learning_rate (1 + cos(pi epoch / T_max)) / 2, going on past T_max."""
+
+    def rate(step):
+        return config.learning_rate * (1 + jnp.cos(jnp.pi * (step // steps_per_epoch) / config.T_max)) / 2
+
+    return optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8)
+
+
+def create(config, optimizer, devices):
+    """The network's static half and a fresh `TrainState`, whole on each of the devices."""
+    net = network(config)
+    net.set_attributes(axis_name=AXIS)
+    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    state = TrainState(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.asarray(True))
+    return graphdef, jax.device_put(jax.device_get(state), replicated(devices))

@@ -1,0 +1,138 @@
+"""The pure train and evaluation steps, mapped over devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+from plif_jax.data.augment import preprocess
+from plif_jax.training.state import AXIS, TrainState
+
+
+def frames_for(config, x, keys=None):
+    """Stored samples to the network's input: images [B, H, W, C], or event frames time first, [T, B, H, W, 2]."""
+    x = preprocess(config.dataset_name, x, keys)
+    return jnp.moveaxis(x, 1, 0) if config.facts.events else x
+
+
+def sample_keys(config, step, positions_B):
+    """(augmentation keys [B], dropout keys [B]) of a step: functions of seed, step and position in the whole batch."""
+    step_key = jax.random.fold_in(jax.random.key(config.seed), step)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions_B)
+    return jax.vmap(jax.random.split, out_axes=1)(keys_B)
+
+
+def loss_of(config, graphdef, params, batch_stats, x, y, keys, observe=None):
+    """The paper's loss, mean squared error of firing rates against one-hot labels, over batch and classes.
+
+    Returns:
+      The loss, and (accuracy, running statistics after the batch).
+    """
+    augment_keys, dropout_keys = keys
+    # copy=True: under jax.grad the merged network must own its running statistics.
+    net = nnx.merge(graphdef, params, batch_stats, copy=True)
+    net.train()
+    rates = net(frames_for(config, x, augment_keys), rngs=dropout_keys, observe=observe)
+    loss = jnp.mean(jnp.square(rates - jax.nn.one_hot(y, rates.shape[-1], dtype=rates.dtype)))
+    accuracy = jnp.mean(rates.argmax(-1) == y, dtype=rates.dtype)
+    return loss, (accuracy, nnx.state(net, nnx.BatchStat))
+
+
+def make_train(config, graphdef, optimizer, devices, data_axis):
+    """Compiles K training steps in one dispatch.
+
+    Returns:
+      train(state, x, y, index) -> (state, {"loss", "accuracy", "healthy": [K]}); `x, y, index` come from a `Feed` whose
+      `axis` is `data_axis`. The state passed in is donated: use the one returned.
+    """
+
+    def train_step(x, y, state, index_b):
+        positions = lax.axis_index(AXIS) * index_b.size + jnp.arange(index_b.size)
+        keys = sample_keys(config, state.step, positions)
+        grad = jax.value_and_grad(partial(loss_of, config, graphdef), has_aux=True)
+        (loss, (accuracy, batch_stats)), grads = grad(state.params, state.batch_stats, x[index_b], y[index_b], keys)
+        loss, accuracy, grads = lax.pmean((loss, accuracy, grads), AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        new = TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1, healthy)
+        old = TrainState(state.params, state.batch_stats, state.opt_state, state.step, healthy)
+        return jax.tree.map(partial(jnp.where, healthy), new, old), {
+            "loss": loss,
+            "accuracy": accuracy,
+            "healthy": healthy,
+        }
+
+    def train(state, x, y, index_Kb):
+        # A loop of one is unrolled: on the CPU, XLA runs convolutions inside a loop several times slower.
+        return lax.scan(partial(train_step, x, y), state, index_Kb, unroll=len(index_Kb) == 1)
+
+    axes = (None, data_axis, data_axis, 0)
+    return jax.pmap(train, AXIS, in_axes=axes, out_axes=None, donate_argnums=0, devices=devices)
+
+
+def make_evaluate(config, graphdef, devices, data_axis, firing_rates=False):
+    """Compiles the evaluation of K batches in one dispatch; every sample counts once, padding (index -1) not at all.
+
+    Returns:
+      evaluate(params, batch_stats, x, y, index) -> {"confusion": counts [label, prediction]}, with `firing_rates`
+      also {"spikes": {layer: sum over samples of the layer's mean firing rate}}.
+    """
+    classes = config.facts.classes
+
+    def evaluate_batch(params, batch_stats, x, y, index_b):
+        net = nnx.merge(graphdef, params, batch_stats)
+        net.eval()
+        spikes = {}
+        weight_b = index_b >= 0
+
+        def observe(name, layer, entering, leaving):
+            if firing_rates and name in net.named_neurons():
+                rate_b = jnp.mean(leaving, axis=(0, *range(2, leaving.ndim)), dtype=jnp.float32)
+                spikes[name] = jnp.sum(rate_b * weight_b)
+
+        rates = net(frames_for(config, x[index_b]), observe=observe)
+        labels, predictions = jax.nn.one_hot(y[index_b], classes), jax.nn.one_hot(rates.argmax(-1), classes)
+        confusion = jnp.einsum("bl,bp->lp", labels * weight_b[:, None], predictions).astype(jnp.int32)
+        return {"confusion": confusion} | ({"spikes": spikes} if firing_rates else {})
+
+    def evaluate(params, batch_stats, x, y, index_Kb):
+        def batch(_, index_b):
+            return None, evaluate_batch(params, batch_stats, x, y, index_b)
+
+        _, counts = lax.scan(batch, None, index_Kb, unroll=len(index_Kb) == 1)
+        return lax.psum(jax.tree.map(lambda count: count.sum(0), counts), AXIS)
+
+    axes = (None, None, data_axis, data_axis, 0)
+    return jax.pmap(evaluate, AXIS, in_axes=axes, out_axes=None, devices=devices)
+
+
+def first_failure(config, graphdef, state, x, y):
+    """Names the layer at which a batch's loss or gradient stops being finite, or None; on one device.
+
+    Goes forward through the layers' outputs first, then backward through their gradients.
+    """
+
+    def loss(params, x, y):
+        finite = {}
+
+        def observe(name, layer, entering, leaving):
+            finite[name] = jnp.isfinite(leaving).all()
+
+        keys = sample_keys(config, state.step, jnp.arange(len(y)))
+        value, _ = loss_of(config, graphdef, params, state.batch_stats, x, y, keys, observe)
+        return value, finite
+
+    # The layers average over AXIS; a mapped axis of one device stands in for it.
+    grad = jax.vmap(jax.grad(loss, has_aux=True), (None, 0, 0), axis_name=AXIS)
+    grads, finite = jax.jit(grad)(state.params, x[None], y[None])
+    for name, good in finite.items():
+        if not good.all():
+            return f"the output of {name}"
+    for name in reversed(list(finite)):
+        part, index = name.split(".")
+        if not all(jnp.isfinite(g).all() for g in jax.tree.leaves(dict(grads[part]).get(int(index), ()))):
+            return f"the gradient of {name}"
+    return None
