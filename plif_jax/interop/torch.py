@@ -78,7 +78,7 @@ def state_dict(net):
     """The network's weights and running statistics as {name in the authors' program: NumPy array}."""
     arrays = {}
     for name, variable, to_torch, _ in _entries(net):
-        arrays[name] = np.ascontiguousarray(to_torch(np.asarray(variable[...])))
+        arrays[name] = np.asarray(to_torch(np.asarray(variable[...])), order="C")
         for counter in _counter_names([name]):
             arrays[counter] = np.zeros((), np.int64)
     return arrays
