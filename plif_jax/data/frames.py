@@ -52,18 +52,21 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     """
     check_settings(T, split_by, normalization)
     t_N = np.array(events["t"], np.int64)
-    x_N, y_N, p_N = (np.ascontiguousarray(events[name]) for name in ("x", "y", "p"))
+    x_N, y_N = (np.ascontiguousarray(events[name]) for name in ("x", "y"))
+    on_N = np.asarray(events["p"]).astype(bool)
     check_events(t_N, x_N, y_N, height, width)
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
     durations = _durations(t_N, edges, T, split_by)
 
-    pixel_N = y_N.astype(np.int32)
-    for column_N, size in ((x_N, width), (p_N.astype(bool), 2)):
+    # The index of [y, x, p], then of [t, y, x, p]. Narrow and in place: fresh memory costs more than arithmetic here.
+    narrow = np.min_scalar_type(height * width * 2)
+    pixel_N = y_N.astype(narrow)
+    for column_N, size in ((x_N, width), (on_N, 2)):
         pixel_N *= size
-        np.add(pixel_N, column_N, out=pixel_N, casting="unsafe")
-    index_N = t_N  # the times have served: here fresh memory costs more than arithmetic
+        pixel_N += column_N.astype(narrow)
+    index_N = t_N  # the times have served
     for j, events_of_j in enumerate(map(slice, edges, edges[1:])):
-        np.add(pixel_N[events_of_j], j * height * width * 2, out=index_N[events_of_j])
+        np.add(pixel_N[events_of_j], np.int64(j * height * width * 2), out=index_N[events_of_j])
     counts = np.zeros((T, height, width, 2), np.int32)
     np.add.at(counts.reshape(-1), index_N, np.int32(1))
 
