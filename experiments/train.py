@@ -1,7 +1,7 @@
 """Accuracy-A: trains on the training set, tests after every epoch, reports the best and the last test accuracy.
 
     python experiments/train.py -config configs/nmnist.py -data_root DATA -max_epoch 10
-    python experiments/train.py -init_tau 2.0 -use_max_pool -use_plif -dataset_name MNIST -T 8 -max_epoch 1024 -detach_reset
+    python experiments/train.py -init_tau 2.0 -use_max_pool -use_plif -detach_reset -dataset_name MNIST -T 8
 
 The same command again continues a stopped run. -h lists the flags.
 """

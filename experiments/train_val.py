@@ -1,6 +1,6 @@
 """Accuracy-B: keeps 15 % of each class for validation, reports the test accuracy of the best validated epoch.
 
-    python experiments/train_val.py -init_tau 2.0 -use_max_pool -use_plif -dataset_name MNIST -T 8 -max_epoch 1024 -detach_reset
+    python experiments/train_val.py -init_tau 2.0 -use_max_pool -use_plif -detach_reset -dataset_name MNIST -T 8
 
 The same command again continues a stopped run. -h lists the flags.
 """

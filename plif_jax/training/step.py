@@ -41,6 +41,14 @@ def loss_of(config, graphdef, params, batch_stats, x, y, keys, observe=None):
     return loss, (accuracy, nnx.state(net, nnx.BatchStat))
 
 
+def _scan(step, carry, xs):
+    """`lax.scan`, but a single step is no loop: on the CPU, XLA runs convolutions in a loop several times slower."""
+    if len(xs) > 1:
+        return lax.scan(step, carry, xs)
+    carry, y = step(carry, xs[0])
+    return carry, jax.tree.map(lambda leaf: leaf[None], y)
+
+
 def make_train(config, graphdef, optimizer, devices, data_axis):
     """Compiles K training steps in one dispatch.
 
@@ -66,8 +74,7 @@ def make_train(config, graphdef, optimizer, devices, data_axis):
         }
 
     def train(state, x, y, index_Kb):
-        # A loop of one is unrolled: on the CPU, XLA runs convolutions inside a loop several times slower.
-        return lax.scan(partial(train_step, x, y), state, index_Kb, unroll=len(index_Kb) == 1)
+        return _scan(partial(train_step, x, y), state, index_Kb)
 
     axes = (None, data_axis, data_axis, 0)
     return jax.pmap(train, AXIS, in_axes=axes, out_axes=None, donate_argnums=0, devices=devices)
@@ -102,7 +109,7 @@ def make_evaluate(config, graphdef, devices, data_axis, firing_rates=False):
         def batch(_, index_b):
             return None, evaluate_batch(params, batch_stats, x, y, index_b)
 
-        _, counts = lax.scan(batch, None, index_Kb, unroll=len(index_Kb) == 1)
+        _, counts = _scan(batch, None, index_Kb)
         return lax.psum(jax.tree.map(lambda count: count.sum(0), counts), AXIS)
 
     axes = (None, None, data_axis, data_axis, 0)
