@@ -1,0 +1,22 @@
+"""N-MNIST on a small machine: the paper's protocol with 16 channels instead of 128.
+
+    python experiments/train.py -config configs/nmnist.py -data_root DATA
+    python experiments/train_val.py -config configs/nmnist.py -data_root DATA
+
+Made for the first 1000 training and 100 test recordings on two CPU cores; README.md says what was reached.
+"""
+
+from plif_jax.config import Config
+
+config = Config(
+    dataset_name="NMNIST",
+    init_tau=2.0,
+    use_plif=True,
+    use_max_pool=True,
+    detach_reset=True,
+    T=10,
+    channels=16,
+    number_layer=2,
+    max_epoch=15,
+    T_max=15,
+)

@@ -1,0 +1,37 @@
+"""Tests a run's best checkpoint: accuracy, accuracy per class, confusion matrix, firing rate per layer.
+
+python experiments/evaluate.py logs/RUN
+python experiments/evaluate.py logs/RUN -checkpoint latest -data_root DATA
+"""
+
+import argparse
+import dataclasses
+
+from plif_jax import cli
+from plif_jax.training.checkpoint import load_network
+from plif_jax.training.evaluation import evaluate
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
+    parser.add_argument("-data_root", "--data_root", help="folder with data sets, if not the one of the training")
+    given = parser.parse_args(argv)
+    config, net = load_network(given.run, given.checkpoint)
+    if given.data_root is not None:
+        config = dataclasses.replace(config, data_root=given.data_root)
+    figures = evaluate(config, net)
+
+    print(f"{config.run_name}, {given.checkpoint} checkpoint, {figures['samples']} test samples")
+    print(f"accuracy  {figures['accuracy']:.2%}\n")
+    print("class  accuracy  predicted as " + " ".join(f"{label:>5}" for label in range(len(figures["confusion"]))))
+    for label, row in enumerate(figures["confusion"]):
+        print(f"{label:>5}  {figures['per_class'][label]:>8.2%}               " + " ".join(f"{n:>5}" for n in row))
+    print("\nlayer     firing rate (spikes per neuron and timestep)")
+    for name, rate in figures["firing_rates"].items():
+        print(f"{name:<9} {rate:.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

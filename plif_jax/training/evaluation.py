@@ -1,0 +1,44 @@
+"""What a trained network does on the test set: accuracy, confusions, firing rates."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+from flax import nnx
+
+from plif_jax import data
+from plif_jax.data import batches
+from plif_jax.training import step
+from plif_jax.training.loop import evaluation_counts
+
+
+def evaluate(config, net, progress=True) -> dict:
+    """Runs a network over its test set.
+
+    Args:
+      config: the run's settings, as `checkpoint.load_network` gives them.
+      net: the network.
+      progress: shows a bar while the data set is prepared.
+
+    Returns:
+      {"accuracy": 0..1, "per_class": [classes], "confusion": counts [label, prediction], "samples": n,
+      "firing_rates": {layer: mean spikes per neuron and timestep}}.
+    """
+    chosen = jax.local_devices()[:1]
+    part = batches.partition(config, data.load(config, progress=progress))["test"]
+    feed = batches.Feed(part.split, chosen, config.data_on_device)
+    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    run = step.make_evaluate(config, graphdef, chosen, feed.axis, firing_rates=True)
+    now = SimpleNamespace(params=params, batch_stats=batch_stats)
+    counts = list(map(jax.device_get, evaluation_counts(config, run, feed, now, part, chosen)))
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *counts)
+    confusion = total["confusion"]
+    with np.errstate(invalid="ignore"):  # a class without samples has no accuracy
+        per_class = np.diag(confusion) / confusion.sum(1)
+    return {
+        "accuracy": float(np.trace(confusion) / confusion.sum()),
+        "per_class": per_class,
+        "confusion": confusion,
+        "samples": len(part),
+        "firing_rates": {name: float(rate) / len(part) for name, rate in total["spikes"].items()},
+    }
