@@ -1,0 +1,102 @@
+"""Lays a run's curves over published ones of the same settings, and prints the differences.
+
+    python experiments/compare.py logs/MNIST_init_tau_2.0_... --reference AUTHORS_LOGS
+
+AUTHORS_LOGS is the folder `logs` of the paper's repository (TensorBoard event files), or curves exported from it as
+CSV. Prints, after 1, 5, 10, 32, 64, ... epochs, the run's test accuracy, the published one and the difference; then
+tau of each layer; writes compare.png into the run folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from plif_jax import cli
+from plif_jax.analysis import reference
+from plif_jax.config import Config
+from plif_jax.curves import (
+    COLORS,
+    accuracy_over_epochs,
+    figure,
+    infer_steps_per_epoch,
+    shades,
+    tau_of,
+    tau_over_epochs,
+    w_tags,
+)
+from plif_jax.errors import UserError
+from plif_jax.training.logs import read_metrics
+
+
+def print_accuracy(ours, theirs):
+    """A line for each epoch of interest; the difference in percentage points."""
+    for tag in ("test_accuracy", "val_accuracy"):
+        rows = reference.differences_at(ours.get(tag, ()), theirs.get(tag, ()))
+        if rows:
+            print(f"\n{tag:<15}{'ours':>8}{'theirs':>9}{'difference':>12}")
+        for epochs, mine, published in rows:
+            print(f"after {epochs:>5}    {mine:>8.2%}{published:>9.2%}{100 * (mine - published):>+12.2f}")
+
+
+def per_epoch(metrics, tag):
+    """A curve logged at steps, after every epoch, as a curve over epochs counted from 0."""
+    steps = infer_steps_per_epoch(metrics)
+    return [(step // steps - 1, value) for step, value in metrics.get(tag, ())]
+
+
+def print_tau(ours, theirs):
+    """tau of each layer after the last epoch that both have."""
+    rows = [(tag, reference.differences_at(per_epoch(ours, tag), per_epoch(theirs, tag), ())) for tag in w_tags(ours)]
+    rows = [(tag, *both[-1]) for tag, both in rows if both]
+    if rows:
+        print(f"\ntau after {rows[0][1]} epochs   ours   theirs")
+    for tag, _, mine, published in rows:
+        print(f"layer {int(tag[1:]) + 1:<13}{tau_of(mine):>9.3f}{tau_of(published):>9.3f}")
+
+
+def _up_to(epoch, curve):
+    """The part of a curve that we have too; one point at least."""
+    return [point for point in curve if point[0] <= epoch] or curve[:1]
+
+
+def draw(ours, theirs, name, path):
+    """Both runs' accuracy and, where both learned it, tau: theirs thinner or dashed."""
+    taus = w_tags(ours) and w_tags(theirs)
+    last = max(ours["test_accuracy"])[0]
+    fig, axes = figure(1, 2 if taus else 1, width=11 if taus else 6.4, squeeze=False)
+    ax = accuracy_over_epochs(axes[0, 0], ours)
+    for tag, color in (("val_accuracy", COLORS[4]), ("test_accuracy", "black")):
+        if tag in theirs:
+            label = f"published {tag.split('_')[0]}"
+            epochs, values = zip(*_up_to(last, theirs[tag]), strict=True)
+            ax.plot([e + 1 for e in epochs], [100 * v for v in values], color=color, lw=1, label=label)
+    ax.legend()
+    if taus:
+        ax = tau_over_epochs(axes[0, 1], ours)
+        for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
+            epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
+            ax.plot([e + 1 for e in epochs], tau_of(w), "--", color=color, lw=1)
+        ax.set_title("dashed: published", fontsize="medium")
+    fig.suptitle(name, fontsize="medium")
+    fig.savefig(path, dpi=120)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--reference", "-reference", type=Path, required=True, help="folder with published curves")
+    flags = parser.parse_args(argv)
+    ours = read_metrics(flags.run)
+    if "test_accuracy" not in ours:
+        raise UserError(f"{flags.run} has no test accuracy yet: it is there after the first epoch that is evaluated")
+    published = reference.load(flags.reference, Config.from_json((flags.run / "config.json").read_text()))
+    print(f"ours   {flags.run.name}\ntheirs {published.run_name}")
+    for difference in published.differences:
+        print(f"mind:  {difference}")
+    print_accuracy(ours, published.metrics)
+    print_tau(ours, published.metrics)
+    draw(ours, published.metrics, flags.run.name, flags.run / "compare.png")
+    print(f"\npicture {flags.run / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""Pictures of neurons, layers and event recordings, each drawn on the axis it is given, which it returns.
+
+The curves of a run are in `plif_jax.curves`; make figures with `plif_jax.curves.figure`, or give pyplot's axes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from plif_jax.analysis.recording import LayerRecord
+from plif_jax.curves import COLORS, shades
+from plif_jax.errors import UserError
+from plif_jax.neurons import Neuron
+from plif_jax.surrogate import Surrogate
+
+OFF, ON = COLORS[0], COLORS[1]  # polarity 0, darker; polarity 1, brighter
+
+
+def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
+    """Membrane and spikes of single neurons in answer to one current (compare Fang et al., 2021, Fig. 2).
+
+    Args:
+      currents: x [T].
+      neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
+    """
+    x = jnp.asarray(currents, float)
+    timesteps = np.arange(1, len(x) + 1)
+    threshold = max(neuron.v_threshold for neuron in neurons.values())
+    ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
+    ax.text(0.5, threshold, " threshold", color="gray", va="bottom", fontsize="small")
+    for row, ((label, neuron), color) in enumerate(zip(neurons.items(), shades(len(neurons)), strict=True)):
+        _, (v, s) = jax.lax.scan(lambda v, x, step=neuron.step: (step(v, x)[0], step(v, x)), neuron.rest(x), x)
+        ax.plot(timesteps, v, color=color, label=f"{label}, spikes: {int(s.sum())}", linewidth=1.5)
+        ax.eventplot(
+            timesteps[np.asarray(s) > 0],
+            lineoffsets=threshold * (1.15 + 0.12 * row),
+            linelengths=threshold * 0.09,
+            colors=[color],
+            linewidths=2,
+        )
+    ax.set(xlim=(0.5, len(x) + 0.5), xlabel="time (timesteps)", ylabel="membrane v after reset; ticks: spikes")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    return ax
+
+
+def surrogate_functions(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
+    """The smooth functions g that stand in for the spike, and the spike itself, over h - v_threshold."""
+    x = jnp.linspace(-limit, limit, 801)
+    ax.step(x, x >= 0, color="black", linewidth=1, linestyle="--", label="spike")
+    return _surrogate_lines(ax, x, {name: s.primitive for name, s in surrogates.items()}, "surrogate g")
+
+
+def surrogate_gradients(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
+    """The derivatives g' that the backward pass uses for the spike's, over h - v_threshold."""
+    x = jnp.linspace(-limit, limit, 801)
+    return _surrogate_lines(ax, x, {name: s.derivative for name, s in surrogates.items()}, "gradient g'")
+
+
+def _surrogate_lines(ax, x, functions, ylabel):
+    dashes = ("-", "--", "-.", ":")
+    for i, (name, function) in enumerate(functions.items()):
+        color, dash = COLORS[i % len(COLORS)], dashes[i // len(COLORS) % len(dashes)]
+        ax.plot(x, function(x), color=color, linestyle=dash, label=name)
+    ax.set(xlabel="h - v_threshold (threshold = 1)", ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def raster(ax, spikes_TN, title=""):
+    """A tick for every spike: time to the right, neurons upward."""
+    spikes_TN = np.asarray(spikes_TN)
+    T, N = spikes_TN.shape
+    times = [np.flatnonzero(train) + 1 for train in spikes_TN.T]
+    ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 30 / T), colors=COLORS[0])
+    ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, N - 0.5), xlabel="time (timesteps)", ylabel="neuron", title=title)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def firing_rates(ax, layers: Mapping[str, LayerRecord]):
+    """Heat map of the share of each layer's neurons that fire at each timestep, mean over samples, with the figures."""
+    rates_LT = 100 * np.array([np.asarray(layer.firing_rate).mean(1) for layer in layers.values()])
+    L, T = rates_LT.shape
+    image = ax.imshow(rates_LT, cmap="cividis", aspect="auto", vmin=0, extent=(0.5, T + 0.5, L - 0.5, -0.5))
+    if T <= 12:
+        for i, t in np.ndindex(L, T):
+            color = "black" if rates_LT[i, t] > 0.6 * rates_LT.max() else "white"
+            ax.text(t + 1, i, f"{rates_LT[i, t]:.1f}", color=color, ha="center", va="center", fontsize="small")
+    ax.set_yticks(range(L), layers)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="time (timesteps)", ylabel="spiking layer, input at the top")
+    ax.figure.colorbar(image, ax=ax, label="neurons that fire (%)")
+    return ax
+
+
+def _mosaic(images_N, columns, gap=1.0):
+    """Images [N, H, W, ...] side by side in rows of `columns`, one pixel of `gap` between them."""
+    N, H, W, *rest = images_N.shape
+    rows = -(-N // columns)
+    padded = np.full((rows * columns, H + 1, W + 1, *rest), gap, np.float32)
+    padded[:N, :H, :W] = images_N
+    tiled = np.moveaxis(padded.reshape(rows, columns, H + 1, W + 1, *rest), 2, 1)
+    return tiled.reshape(rows * (H + 1), columns * (W + 1), *rest)[:-1, :-1]
+
+
+def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
+    """Feature maps of a spiking convolution: a row for each channel, a column for each timestep, spikes bright.
+
+    Args:
+      spikes_THWC: of one sample.
+      channels: the eight that spike most if None.
+    """
+    spikes_THWC = np.asarray(spikes_THWC, np.float32)
+    T, H, W, _ = spikes_THWC.shape
+    if channels is None:
+        channels = np.sort(np.argsort(-spikes_THWC.sum((0, 1, 2)), kind="stable")[:8])
+    maps = np.moveaxis(spikes_THWC[..., channels], -1, 0).reshape(-1, H, W)
+    ax.imshow(_mosaic(maps, T, gap=0.5), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks(np.arange(T) * (W + 1) + W / 2, np.arange(1, T + 1))
+    ax.set_yticks(np.arange(len(channels)) * (H + 1) + H / 2, channels)
+    ax.tick_params(length=0)
+    ax.set(xlabel="time (timesteps)", ylabel="channel")
+    return ax
+
+
+def event_colors(frames_THW2) -> np.ndarray:
+    """Event frames as colours in 0..1 [T, H, W, 3]: white where nothing happened, blue darker, orange brighter."""
+    frames = np.abs(np.asarray(frames_THW2, np.float32))
+    if frames.ndim != 4 or frames.shape[-1] != 2:
+        raise UserError(f"event frames of shape {frames.shape}; they are [T, H, W, 2], those of one sample")
+    some = frames[frames > 0]
+    # A hot pixel must not make the others pale.
+    strength = np.clip(frames / (np.percentile(some, 98) if some.size else 1), 0, 1)
+    ink = 1 - np.array([to_rgb(OFF), to_rgb(ON)])
+    return np.clip(1 - strength @ ink, 0, 1)
+
+
+def event_frames(ax, frames_THW2, columns: int = 5):
+    """The frames [T, H, W, 2] of one recording side by side, in reading order."""
+    colors = event_colors(frames_THW2)
+    T, H, W, _ = colors.shape
+    columns = min(columns, T)
+    ax.imshow(_mosaic(colors, columns, gap=0.5), interpolation="nearest")
+    for t in range(T):
+        row, column = divmod(t, columns)
+        at = (column * (W + 1) + 0.03 * W, row * (H + 1) + 0.03 * H)
+        ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small")
+    ax.set(xticks=[], yticks=[])
+    ax.set_xlabel("events per frame: blue darker, orange brighter")
+    return ax
+
+
+def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100, height: int = 256):
+    """Writes a recording's frames [T, H, W, 2] as an animation of about `height` pixels that repeats forever."""
+    pictures = (255 * event_colors(frames_THW2)).astype(np.uint8)
+    scale = max(1, height // pictures.shape[1])
+    first, *rest = [Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)) for picture in pictures]
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
+    """Share of each class's samples given each class, in percent, from counts [label, prediction]."""
+    counts = np.asarray(counts)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    for label, prediction in np.ndindex(*share.shape):
+        if counts[label, prediction]:
+            color = "black" if share[label, prediction] > 60 else "white"
+            text = f"{share[label, prediction]:.0f}" if share[label, prediction] >= 0.5 else "<1"
+            ax.text(prediction, label, text, color=color, ha="center", va="center", fontsize="small")
+    names = range(len(counts)) if names is None else names
+    ax.set_xticks(range(len(counts)), names)
+    ax.set_yticks(range(len(counts)), names)
+    ax.set(xlabel="predicted class", ylabel="class", title=f"accuracy {np.trace(counts) / counts.sum():.2%}")
+    ax.figure.colorbar(image, ax=ax, label="of the class's samples (%)")
+    return ax

@@ -1,0 +1,166 @@
+"""Curves of other people's runs, such as the paper authors': found, read, and matched to a run of one's own.
+
+Two forms are read: CSV as TensorBoard exports it, `run-RUN-tag-TAG.csv` with columns Wall time, Step, Value, and
+TensorBoard's event files in a folder named as the run. A third is the authors' accuracy-B, `accuracy_B/DATASET.csv`.
+"""
+
+import csv
+import dataclasses
+import re
+import struct
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event
+
+from plif_jax.catalog import DATASETS
+from plif_jax.config import Config
+from plif_jax.errors import UserError
+
+RUN_NAME = re.compile(
+    r"(?:val_(?P<val_ratio>[\d.]+)_)?(?P<dataset_name>[A-Za-z0-9]+)_init_tau_(?P<init_tau>[\d.]+)"
+    r"_use_plif_(?P<use_plif>True|False)_use_max_pool_(?P<use_max_pool>True|False)_T_(?P<T>\d+)"
+    r"(?:_c_(?P<channels>\d+)_n_(?P<number_layer>\d+)_split_by_(?P<split_by>\w+?)_normalization_(?P<normalization>\w+?))?"
+    r"_detach_reset_(?P<detach_reset>True|False)"
+)
+# A curve whose run differs in one of these says nothing about ours; differing in others it is shown with a warning.
+MUST_AGREE = ("dataset_name", "val_ratio", "use_plif", "init_tau", "use_max_pool")
+# Settings that the name of a run does not tell; the published runs have the defaults.
+UNNAMED = ("batch_size", "learning_rate", "T_max", "alpha_learnable", "train_samples", "test_samples", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A published run: its name, what differs from ours ("T is 10, theirs 20"), and {tag: [(step, value), ...]}."""
+
+    run_name: str
+    differences: list[str]
+    metrics: dict[str, list[tuple[int, float]]]
+
+
+def load(folder: str | Path, config: Config) -> Reference:
+    """The curves under `folder` whose run's settings are those of `config`, or are nearest to them.
+
+    Raises:
+      UserError: there are no curves, none of such a run, or a file of them is damaged.
+    """
+    runs = find(folder)
+    if not runs:
+        raise UserError(
+            f"{folder} holds no curves; give a folder with TensorBoard event files or run-RUN-tag-TAG.csv files"
+        )
+    ours = settings_of(config.run_name)
+    candidates = []
+    for name in sorted(runs):
+        theirs = settings_of(name)
+        if all(theirs[setting] == ours[setting] for setting in MUST_AGREE):
+            candidates.append((name, [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]))
+    if not candidates:
+        raise UserError(f"{folder} holds no curves of a run like {config.run_name}; it has {', '.join(sorted(runs))}")
+    name, differences = min(candidates, key=lambda candidate: len(candidate[1]))
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    differences += [
+        f"{s} is {getattr(config, s)}, theirs {defaults[s]}" for s in UNNAMED if getattr(config, s) != defaults[s]
+    ]
+    return Reference(name, differences, read(runs[name]))
+
+
+def settings_of(run_name: str) -> dict[str, str | None]:
+    """The settings that the name of a run folder tells, as text."""
+    return RUN_NAME.search(run_name).groupdict()
+
+
+def find(folder: str | Path) -> dict[str, list[Path]]:
+    """The files of each published run under `folder`, {run name: paths}."""
+    runs = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.parent.name == "accuracy_B" and path.suffix == ".csv" and path.stem in DATASETS:
+            name = _accuracy_b_name(path.stem)
+        elif path.suffix == ".csv" and "-tag-" in path.stem:
+            name = path.stem.removeprefix("run-").split("-tag-")[0]
+        elif path.name.startswith("events.out.tfevents."):
+            name = path.parent.name
+        else:
+            continue
+        if RUN_NAME.search(name):
+            runs.setdefault(name, []).append(path)
+    return runs
+
+
+def _accuracy_b_name(dataset_name):
+    """The run that the paper's authors report as accuracy-B; for N-MNIST they took T = 20."""
+    T = 20 if dataset_name == "NMNIST" else None
+    return Config(
+        dataset_name=dataset_name, T=T, use_plif=True, use_max_pool=True, detach_reset=True, val_ratio=0.15
+    ).run_name
+
+
+def read(paths) -> dict[str, list[tuple[int, float]]]:
+    """The scalars in some files of one run, {tag: [(step, value), ...]} by step; of doubled steps the last written.
+
+    Raises:
+      UserError: a file is damaged or has other columns.
+    """
+    points = {}
+    for path in paths:
+        reader = _read_csv if path.suffix == ".csv" else _read_events
+        try:
+            for tag, time, step, value in reader(path):
+                points.setdefault(tag, []).append((time, step, value))
+        except (ValueError, KeyError, csv.Error, DecodeError) as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+    return {tag: sorted({step: value for _, step, value in sorted(rows)}.items()) for tag, rows in points.items()}
+
+
+def _read_csv(path):
+    """Yields (tag, wall time, step, value) of a CSV file."""
+    with path.open(newline="") as lines:
+        for row in csv.DictReader(lines, strict=True):
+            if "epoch" in row:
+                for tag in ("val_accuracy", "test_accuracy"):
+                    yield tag, 0.0, int(row["epoch"]), float(row[tag] or "missing")
+            else:
+                tag = path.stem.split("-tag-")[1]
+                yield tag, float(row["Wall time"] or "missing"), int(row["Step"]), float(row["Value"] or "missing")
+
+
+def _read_events(path):
+    """Yields (tag, wall time, step, value) of the scalars in a TensorBoard event file."""
+    for record in _tfrecords(path.read_bytes()):
+        event = Event.FromString(record)
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                yield value.tag, event.wall_time, event.step, value.simple_value
+
+
+def _tfrecords(data):
+    """Yields the records of a TFRecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    at = 0
+    while at < len(data):
+        header = data[at : at + 12]
+        if len(header) < 12 or _masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
+            raise ValueError(f"no record begins at byte {at} of {len(data)}")
+        end = at + 12 + struct.unpack("<Q", header[:8])[0]
+        record, checksum = data[at + 12 : end], data[end : end + 4]
+        if len(checksum) < 4 or _masked_crc32c(record) != struct.unpack("<I", checksum)[0]:
+            raise ValueError(f"the record at byte {at} of {len(data)} is cut off or changed")
+        yield record
+        at = end + 4
+
+
+def _masked_crc32c(data):
+    """The checksum as TFRecord stores it: rotated and shifted, so that a checksum of checksums stays one."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def differences_at(ours, theirs, epochs=(1, 5, 10, 32, 64, 128, 256, 512, 1024)):
+    """(epochs trained, our value, their value) at each of `epochs` that both curves have, and at the last such one.
+
+    Curves are [(epoch, value), ...] counted from 0: "after one epoch" is their point 0.
+    """
+    ours, theirs = dict(ours), dict(theirs)
+    common = sorted(ours.keys() & theirs.keys())
+    asked = {epoch - 1 for epoch in epochs}
+    return [(e + 1, ours[e], theirs[e]) for e in common if e in asked or e == common[-1]]
