@@ -128,7 +128,12 @@ class Feed:
 
 
 def _fits(split, device):
-    """Whether a split takes at most a quarter of the device's memory; on a CPU, where a map is as good, 1 GiB."""
+    """Whether a split takes at most a quarter of the device's memory; on a CPU, where a map is as good, 1 GiB.
+
+    Several processes read from disk, each its share only.
+    """
+    if jax.process_count() > 1:
+        return False
     stats = device.memory_stats() or {}
     return split.x.nbytes <= stats.get("bytes_limit", 4 << 30) / 4
 

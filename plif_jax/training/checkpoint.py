@@ -71,8 +71,8 @@ class Checkpoints:
     def __init__(self, folder: Path, config: Config, say=print):
         self.folder, self.config, self.say = folder.absolute(), config, say
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
         if jax.process_index() == 0:
-            self._lock = (self.folder / ".lock").open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -95,22 +95,33 @@ class Checkpoints:
         }
         step = int(arrays["step"])
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_names(state)), record=ocp.args.JsonSave(record))
-        self._guard(lambda: self._manager.save(step, args=items, metrics={"score": score}))
+
+        def write():
+            if step in self._manager.all_steps():  # a run stopped in an evaluation saved this step already
+                self._manager.delete(step)
+            self._manager.save(step, args=items, metrics={"score": score})
+
+        self._guard(write)
 
     def wait(self):
         """Waits until what was started is on the disk."""
         self._guard(self._manager.wait_until_finished)
 
-    def close(self):
-        """Waits, and lets the folder go."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self.wait()
+        with contextlib.suppress(Exception):  # what is already being raised says more
+            self._manager.close()
+        self._lock.close()
 
     def _guard(self, write):
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
-            good = self._manager.all_steps(read=True)
+            good = self._manager.all_steps()
             kept = f"the last good one is of step {max(good)}" if good else "there is no earlier one"
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
@@ -123,7 +134,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of other settings; they are named.
         """
-        for step in sorted(self._manager.all_steps(read=True), reverse=True):
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = _read_record(self.folder / str(step))
                 self._refuse_others(record["config"])
@@ -154,11 +165,9 @@ class _Damaged(Exception):
     """A checkpoint that cannot be trusted."""
 
 
-def _manager(folder, read_only=False):
+def _manager(folder):
     policy = AnyPreservationPolicy([LatestN(2), _Best(), EveryNSeconds(KEEP_EVERY_SECONDS)])
-    options = ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics["score"], preservation_policy=policy, read_only=read_only
-    )
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"], preservation_policy=policy)
     return ocp.CheckpointManager(folder, options=options)
 
 

@@ -12,7 +12,7 @@ from plif_jax import data
 from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.neurons import PLIF
-from plif_jax.training import devices, report, signals, state, step
+from plif_jax.training import devices, distributed, report, signals, state, step
 from plif_jax.training.checkpoint import Checkpoints
 from plif_jax.training.logs import Logs
 
@@ -30,19 +30,16 @@ def train(config, say=print) -> dict:
       UserError: a setting, the data or a checkpoint does not allow the run; or a loss or gradient is not finite.
       signals.Interrupted: SIGTERM or SIGINT asked the run to stop; it has saved, and the same call continues it.
     """
+    state.set_precision(config)
+    distributed.join(config)
     main = jax.process_index() == 0
     say = say if main else lambda line: None
-    state.set_precision(config)
     chosen = devices.choose(config, say)
     dataset = data.load(config, progress=main)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
-    checkpoints = Checkpoints(config.checkpoint_dir, config, say)
-    try:
-        with signals.listening() as stop:
-            return Run(config, dataset, chosen, checkpoints, stop, say).finish()
-    finally:
-        checkpoints.close()
+    with Checkpoints(config.checkpoint_dir, config, say) as checkpoints, signals.listening() as stop:
+        return Run(config, dataset, chosen, checkpoints, stop, say).finish()
 
 
 class Run:
@@ -68,6 +65,7 @@ class Run:
         }
         self.progress = {"epoch": 0, "points": 0, "seconds": 0.0, "samples_per_second": 0.0, "best": None, "last": None}
         self.taus_before = self.taus()
+        self.asked = 0  # the signal that some process was sent
         restored = checkpoints.restore(self.state)
         if restored is not None:
             self.state, self.progress = restored
@@ -112,7 +110,8 @@ class Run:
         with bar:
             began = time.monotonic()
             for size, arguments in zip(sizes, calls, strict=True):
-                self.state, metrics = self.train_steps(self.state, *arguments)
+                asked = np.full(len(arguments[-1]), self.stop.signum or 0, np.int32)
+                self.state, metrics = self.train_steps(self.state, *arguments, asked)
                 # The figures of the call before: reading them does not make the devices wait.
                 if pending is not None:
                     sums += self._account(*pending, index_SB)
@@ -121,13 +120,14 @@ class Run:
                     bar.update(pending[1])
                 pending = (first + done, size, metrics)
                 done += size
-                if self.stop.signum is not None:
+                if self.asked:
                     break
             if pending is not None:
                 sums += self._account(*pending, index_SB)
                 count += pending[1]
             self.progress["samples_per_second"] = count * self.config.batch_size / (time.monotonic() - began)
-        self._stop_if_asked(epoch)
+        if self.asked:
+            self._save_and_stop(self.asked)
         return {"loss": sums[0] / max(count, 1), "train_accuracy": sums[1] / max(count, 1)}
 
     def _call_sizes(self, done):
@@ -141,6 +141,7 @@ class Run:
     def _account(self, first, size, metrics, index_SB):
         """Logs the figures of a call's steps; returns their summed loss and accuracy."""
         loss, accuracy, healthy = (np.asarray(metrics[name]) for name in ("loss", "accuracy", "healthy"))
+        self.asked = int(metrics["asked"])
         if not healthy.all():
             self._explain_failure(first + int(np.argmin(healthy)), index_SB)
         if self.main:
@@ -166,7 +167,9 @@ class Run:
         confusion = 0
         for counts in evaluation_counts(self.config, evaluate, feed, self.state, self.parts[name], self.devices):
             confusion = confusion + np.asarray(counts["confusion"])
-            self._stop_if_asked(self.progress["epoch"])
+            # Several processes stop together, at the next training step, where they agree on it.
+            if self.stop.signum is not None and jax.process_count() == 1:
+                self._save_and_stop(self.stop.signum)
         return float(np.trace(confusion) / confusion.sum())
 
     def conclude(self, epoch, figures):
@@ -194,15 +197,12 @@ class Run:
         self.progress["points"] = self.logs.sync() if self.main else 0
         self.checkpoints.save(self.state, self.progress, score)
 
-    def _stop_if_asked(self, epoch):
-        if self.stop.signum is not None:
-            self._save(-1.0)
-            self.checkpoints.wait()
-            interrupted = signals.Interrupted(self.stop.signum)
-            self.say(
-                f"{interrupted} in epoch {epoch + 1}, step {int(self.state.step)}; saved: the same command continues"
-            )
-            raise interrupted
+    def _save_and_stop(self, signum):
+        self._save(-1.0)
+        self.checkpoints.wait()
+        interrupted = signals.Interrupted(signum)
+        self.say(f"{interrupted} at step {int(self.state.step)}; saved: the same command continues")
+        raise interrupted
 
     def network(self):
         """The network as it is now, in evaluation mode, on one device."""

@@ -53,8 +53,9 @@ def make_train(config, graphdef, optimizer, devices, data_axis):
     """Compiles K training steps in one dispatch.
 
     Returns:
-      train(state, x, y, index) -> (state, {"loss", "accuracy", "healthy": [K]}); `x, y, index` come from a `Feed` whose
-      `axis` is `data_axis`. The state passed in is donated: use the one returned.
+      train(state, x, y, index, asked) -> (state, {"loss", "accuracy", "healthy": [K], "asked"}). `x, y, index` come
+      from a `Feed` whose `axis` is `data_axis`. `asked` [local devices] is the largest over all processes when it
+      returns, so that one told to stop stops all at the same step. The state passed in is donated; use the new one.
     """
 
     def train_step(x, y, state, index_b):
@@ -73,10 +74,11 @@ def make_train(config, graphdef, optimizer, devices, data_axis):
             "healthy": healthy,
         }
 
-    def train(state, x, y, index_Kb):
-        return _scan(partial(train_step, x, y), state, index_Kb)
+    def train(state, x, y, index_Kb, asked):
+        state, metrics = _scan(partial(train_step, x, y), state, index_Kb)
+        return state, metrics | {"asked": lax.pmax(asked, AXIS)}
 
-    axes = (None, data_axis, data_axis, 0)
+    axes = (None, data_axis, data_axis, 0, 0)
     return jax.pmap(train, AXIS, in_axes=axes, out_axes=None, donate_argnums=0, devices=devices)
 
 
