@@ -1,0 +1,51 @@
+"""A trained network as one compiled function in a file, which runs without plif_jax.
+
+    export.save(net, "mnist.jax")
+
+and then, wherever JAX is (and flatbuffers, which `pip install "plif_jax[export]"` brings), nothing else:
+
+    import jax
+    rates = jax.export.deserialize(open("mnist.jax", "rb").read()).call(x)
+
+The file holds StableHLO, which JAX keeps readable for at least six months of releases, and the weights. The same file
+runs on CPU, GPU and TPU.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plif_jax.errors import UserError
+from plif_jax.interop.fold import fold
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_exported(net, batch_size=None):
+    """The network in evaluation mode, batch norm folded, as a `jax.export.Exported` from x to firing rates.
+
+    Its `call(x)` gives the rates [B, classes] that `net(x)` gives, up to the rounding of the folded weights. A network
+    with a static part takes images [B, H, W, C], the others frames [T, B, H, W, C], in float32 (float64 under
+    `jax_enable_x64`); T is the network's own.
+
+    Args:
+      net: a `SpikingNet`; it is left as it is.
+      batch_size: B; None leaves it open, and the function takes any.
+
+    Raises:
+      UserError: batch_size is below 1, or a batch norm cannot be folded.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; give 1 or more, or nothing for any")
+    graphdef, state = nnx.split(fold(net))
+    B = jax.export.symbolic_shape("batch")[0] if batch_size is None else batch_size
+    shape = (B, *net.shape) if net.static_conv else (net.T, B, *net.shape)
+    x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+    return jax.export.export(jax.jit(lambda x: nnx.merge(graphdef, state)(x)), platforms=PLATFORMS)(x)
+
+
+def save(net, path, batch_size=None):
+    """Writes the network's exported function to a file; arguments and errors are those of `to_exported`."""
+    Path(path).write_bytes(to_exported(net, batch_size).serialize())

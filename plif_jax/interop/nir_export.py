@@ -1,0 +1,140 @@
+"""A trained network as a NIR graph; `plif_jax.interop.nir` says what becomes of what."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import nir
+import numpy as np
+from flax import nnx
+
+from plif_jax import neurons
+from plif_jax.errors import UserError
+from plif_jax.interop.fold import fold
+from plif_jax.networks import Flatten, Pool
+
+# SpikingJelly's and snnTorch's default step in seconds; snnTorch takes no other.
+DT = 1e-4
+
+
+def to_nir(net, dt=DT):
+    """The network in evaluation mode as a `nir.NIRGraph`.
+
+    Args:
+      net: a `SpikingNet`; it is left as it is.
+      dt: seconds that a timestep stands for; the simulator that reads the graph must step by the same.
+
+    Raises:
+      UserError: a layer that NIR cannot express; see `plif_jax.interop.nir`.
+    """
+    if not dt > 0:
+        raise UserError(f"dt is {dt}; a timestep takes more than 0 seconds, {DT} for most simulators")
+    nodes = {"input": nir.Input({"input": np.array(channels_first(net.shape))})}
+    shape, flattened, fed_spikes = tuple(net.shape), None, False
+    for name, layer in fold(net).named_layers().items():
+        name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
+        if isinstance(layer, neurons.Neuron):
+            nodes[name] = _neuron_to_nir(name, layer, shape, dt)
+        elif isinstance(layer, nnx.Conv):
+            nodes[name] = _conv_to_nir(name, layer, shape)
+        elif isinstance(layer, nnx.Linear):
+            nodes[name] = _linear_to_nir(layer, flattened)
+            flattened = None
+        elif isinstance(layer, Flatten):
+            # Counted from the end: some simulators count the batch axis, others do not.
+            nodes[name] = nir.Flatten({"input": np.array(channels_first(shape))}, start_dim=-3, end_dim=-1)
+            flattened = shape
+        elif isinstance(layer, Pool):
+            nodes[name] = nir.AvgPool2d(*(np.array(pair) for pair in ((2, 2), (2, 2), (0, 0))))
+            if layer.use_max:
+                if not fed_spikes:
+                    raise UserError(f"{name} takes the maximum of values that are not spikes; NIR has no max pooling")
+                nodes[f"{name}_any"] = _any_spike(shape_after(layer, shape), dt)
+        else:
+            raise UserError(f"{name} is a {type(layer).__name__}, which NIR has no node for")
+        # Where any of four spikes counts, so does any of sixteen; an average is no longer a spike.
+        fed_spikes = isinstance(layer, neurons.Neuron) or (fed_spikes and isinstance(layer, Pool) and layer.use_max)
+        shape = shape_after(layer, shape)
+    nodes["vote"] = nir.Linear(vote_weight(net.classes, shape[0]))
+    nodes["output"] = nir.Output({"output": np.array([net.classes])})
+    names = list(nodes)
+    return nir.NIRGraph(nodes, list(pairwise(names)), metadata={"dt": dt, "T": net.T})
+
+
+def channels_first(shape):
+    """(H, W, C) to (C, H, W); a vector's shape as it is."""
+    return (shape[-1], *shape[:-1])
+
+
+def shape_after(layer, shape):
+    x = jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)
+    return jax.eval_shape(layer, x).shape[2:]
+
+
+def vote_weight(classes, neurons_out):
+    group = neurons_out // classes
+    return np.kron(np.eye(classes, dtype=np.float32), np.full((1, group), 1 / group, np.float32))
+
+
+def _any_spike(shape, dt):
+    """A neuron that any spike in a window fires: one in four averages to 1/4, which tau = 2 dt halves to h = 1/8."""
+    return _lif(shape, tau=2 * dt, v_threshold=1 / 16, v_reset=0.0)
+
+
+def _lif(shape, tau, v_threshold, v_reset):
+    # float64: a time constant in float32 would come back as another.
+    tau, r, v_threshold, v_reset = (np.full(channels_first(shape), a) for a in (tau, 1.0, v_threshold, v_reset))
+    return nir.LIF(tau=tau, r=r, v_leak=v_reset, v_threshold=v_threshold, v_reset=v_reset)
+
+
+def _neuron_to_nir(name, neuron, shape, dt):
+    if neuron.v_reset is None:
+        raise UserError(f"{name} has a soft reset, which NIR cannot express; its neurons reset to a fixed potential")
+    if type(neuron) is neurons.PLIF:
+        # k, the charge from rest by a unit of current. Not 1 / neuron.tau: rounded twice, k would come back as another.
+        one = jnp.ones((), neuron.w[...].dtype)
+        k = float(neuron.charge(one * neuron.v_reset, one) - neuron.v_reset)
+        return _lif(shape, dt / k, neuron.v_threshold, neuron.v_reset)
+    if type(neuron) is neurons.LIF:
+        return _lif(shape, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
+    if type(neuron) is neurons.IF:
+        r, v_threshold, v_reset = (
+            np.full(channels_first(shape), a) for a in (1 / dt, neuron.v_threshold, neuron.v_reset)
+        )
+        return nir.IF(r=r, v_threshold=v_threshold, v_reset=v_reset)
+    raise UserError(f"{name} is a {type(neuron).__name__}; NIR has IF and LIF neurons, which PLIF becomes too")
+
+
+def pair(setting):
+    return tuple(np.broadcast_to(setting, 2).tolist())
+
+
+def _conv_to_nir(name, conv, shape):
+    if conv.feature_group_count != 1:
+        raise UserError(f"{name} is a convolution in {conv.feature_group_count} groups; NIR's readers take one group")
+    padding, stride = conv.padding, pair(conv.strides)
+    if isinstance(padding, str):
+        # PyTorch, whose meaning NIR's words have, knows "same" for stride 1 only.
+        expressible, padding = padding == "VALID" or (padding == "SAME" and stride == (1, 1)), padding.lower()
+    else:
+        expressible = np.ndim(padding) < 2
+    if not expressible:
+        raise UserError(f"{name} pads by {conv.padding}; NIR has zero padding, the same before and after")
+    kernel = np.asarray(conv.kernel[...])
+    return nir.Conv2d(
+        input_shape=shape[:2],
+        weight=np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
+        stride=stride,
+        padding=padding if isinstance(padding, str) else pair(padding),
+        dilation=pair(conv.kernel_dilation),
+        groups=1,
+        bias=np.zeros(kernel.shape[-1], kernel.dtype) if conv.bias is None else np.asarray(conv.bias[...]),
+    )
+
+
+def _linear_to_nir(linear, flattened):
+    kernel = np.asarray(linear.kernel[...])
+    if flattened is not None:
+        kernel = kernel.reshape(*flattened, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+    weight = np.ascontiguousarray(kernel.T)
+    return nir.Linear(weight) if linear.bias is None else nir.Affine(weight, np.asarray(linear.bias[...]))

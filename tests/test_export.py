@@ -1,0 +1,115 @@
+"""The exported function against the network, loaded where plif_jax cannot be imported."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plif_jax import networks
+from plif_jax.errors import UserError
+from plif_jax.interop import export
+from plif_jax.interop.fold import fold
+from plif_jax.layers import BatchNorm
+
+pytest.importorskip("flatbuffers")
+
+SHAPE, CLASSES, T = (6, 6, 1), 3, 5
+
+
+def trained(static):
+    """A small network in training mode, as after training: busy neurons, batch norm that does a lot."""
+    layers = [networks.conv(3), networks.norm, networks.neuron, networks.pool]
+    table = {
+        "static_conv": layers[:2] if static else [],
+        "conv": layers[2:] if static else layers,
+        "fc": [networks.flatten, networks.dropout, networks.linear(10 * CLASSES), networks.neuron],
+    }
+    net = networks.SpikingNet(table, SHAPE, CLASSES, T=T, rngs=nnx.Rngs(0))
+    norm = next(layer for layer in net.named_layers().values() if isinstance(layer, BatchNorm))
+    norm.scale[...], norm.bias[...] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.2, 0.5, 0.8])
+    norm.mean[...], norm.var[...] = jnp.array([-0.5, 0.0, 0.5]), jnp.array([0.5, 1.0, 2.0])
+    net.fc[2].kernel[...] *= 4
+    return net
+
+
+def some_input(static, B):
+    return np.random.default_rng(0).normal(size=(B, *SHAPE) if static else (T, B, *SHAPE)).astype(np.float32)
+
+
+def assert_rates_are_those_of(net, x, rates):
+    """The same number of spikes for every sample and class; means of them may differ in how they were rounded."""
+    net.eval()
+    ours = np.asarray(net(x))
+    net.train()
+    assert 0.02 < ours.mean() < 0.98
+    np.testing.assert_array_equal(*(np.rint(r * 10 * T) for r in (rates, ours)))
+    np.testing.assert_allclose(rates, ours, rtol=1e-6)
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["images", "frames"])
+def test_the_file_gives_the_networks_rates_for_any_batch(tmp_path, static):
+    net = trained(static)
+    export.save(net, tmp_path / "net.jax")
+    loaded = jax.export.deserialize((tmp_path / "net.jax").read_bytes())
+    assert set(loaded.platforms) == {"cpu", "cuda", "tpu"}
+    for B in (1, 4):
+        x = some_input(static, B)
+        assert_rates_are_those_of(net, x, loaded.call(x))
+    assert not net.fc[1].deterministic  # exported as in evaluation, left in training
+
+
+def test_a_fixed_batch_is_refused_another():
+    exported = export.to_exported(trained(True), batch_size=2)
+    assert exported.call(some_input(True, 2)).shape == (2, CLASSES)
+    with pytest.raises(ValueError, match="shape"):
+        exported.call(some_input(True, 3))
+    with pytest.raises(UserError, match="batch_size is 0"):
+        export.to_exported(trained(True), batch_size=0)
+
+
+LOAD = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("plif_jax", "flax", "optax"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Absent())
+import jax, numpy
+
+rates = jax.export.deserialize(open(sys.argv[1], "rb").read()).call(numpy.load(sys.argv[2]))
+assert not {"plif_jax", "flax"} & set(sys.modules)
+numpy.save(sys.argv[3], rates)
+"""
+
+
+def test_the_file_runs_without_plif_jax(tmp_path):
+    net, x = trained(False), some_input(False, 2)
+    export.save(net, tmp_path / "net.jax")
+    np.save(tmp_path / "x.npy", x)
+    paths = [str(tmp_path / name) for name in ("net.jax", "x.npy", "rates.npy")]
+    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True)
+    assert_rates_are_those_of(net, x, np.load(paths[2]))
+
+
+def test_folding_keeps_the_currents():
+    net = trained(True)
+    x = some_input(True, 4)[None]
+    folded = fold(net)
+    net.eval()
+    assert [type(layer).__name__ for layer in folded.static_conv] == ["Conv"]
+    np.testing.assert_allclose(
+        folded.static_conv[0](x), net.static_conv[1](net.static_conv[0](x)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_folding_needs_weights_before_the_batch_norm():
+    net = trained(True)
+    net.static_conv = nnx.List([net.static_conv[1]])
+    with pytest.raises(UserError, match="batch norm after nothing"):
+        fold(net)
