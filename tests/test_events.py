@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from event_files import random_events, write_nmnist
 
 import plif_jax
-from plif_jax.data import digits, event_cache, event_readers, events, frames, recordings
+from plif_jax.data import digits, event_cache, event_readers, events, frames, recordings, storage
 from plif_jax.errors import UserError
 
 REPOSITORY = str(Path(plif_jax.__file__).parents[1])
@@ -194,7 +195,7 @@ from plif_jax.data import event_cache, events
 event_cache.PART_RECORDINGS, event_cache.ALONE_BYTES = 5, int(sys.argv[3])
 dataset = events.load("NMNIST", sys.argv[1], sys.argv[2], T=4, progress=False)
 print("sum", int(dataset.train.x.sum(dtype=int)))
-"""  # as a user's script: without a guard on __main__
+"""  # as users write scripts: nothing guards __main__
 
 
 def run_script(data, alone=0, **options):
@@ -222,6 +223,22 @@ def test_two_programs_may_prepare_the_same_set_at_once(data):
         out, err = program.communicate(timeout=60)
         assert "sum 6000" in out, err
     assert len(list((data.parent / "cache").glob("frames/*/record.json"))) == 1
+
+
+def test_a_second_program_waits_until_the_first_is_done(tmp_path, capsys):
+    def enter():
+        with storage.locked(tmp_path / "set.lock"):
+            order.append("second")
+
+    order = []
+    second = threading.Thread(target=enter)
+    with storage.locked(tmp_path / "set.lock"):
+        second.start()
+        second.join(0.3)
+        order.append("first")
+    second.join(10)
+    assert order == ["first", "second"]
+    assert f"Another program is writing {tmp_path / 'set'}: waiting" in capsys.readouterr().out
 
 
 def test_an_empty_half_is_refused(data):

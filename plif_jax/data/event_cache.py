@@ -182,9 +182,11 @@ def _run(jobs, done):
                 with lock:
                     done(job)
 
-    with ThreadPoolExecutor(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(len(jobs), cores)
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            list(pool.map(drive_a_worker, range(pool._max_workers)))
+            list(pool.map(drive_a_worker, range(workers)))
         except BaseException as error:  # Ctrl-C, say: let workers finish the part they are at, and no other
             errors.append(repr(error))
             raise
