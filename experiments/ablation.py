@@ -1,0 +1,167 @@
+"""The paper's ablation: PLIF or LIF, tau 2 or 16, maximum or average pooling; for some data sets and seeds.
+
+    python experiments/ablation.py -datasets MNIST FashionMNIST -seeds 2020 2021 -max_epoch 64 -data_root DATA
+
+All other flags are those of train.py, and with -val_ratio 0.15 those of train_val.py. Runs lie under
+{log_dir_prefix}/seed_{seed}. The same command again skips what is done, continues what was stopped, and prints the
+table: per cent, mean and deviation over seeds, beside the published figure. Writes ablation.md and ablation.png.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from plif_jax import cli, config
+from plif_jax.catalog import DATASETS
+from plif_jax.curves import COLORS, figure, tau_over_epochs
+from plif_jax.errors import UserError
+from plif_jax.training.checkpoint import MAY_CHANGE
+from plif_jax.training.logs import read_metrics
+from plif_jax.training.loop import train
+
+SETTINGS = {
+    "PLIF, tau0 = 2": dict(use_plif=True, init_tau=2.0, use_max_pool=True),
+    "PLIF, tau0 = 16": dict(use_plif=True, init_tau=16.0, use_max_pool=True),
+    "LIF, tau = 2": dict(use_plif=False, init_tau=2.0, use_max_pool=True),
+    "LIF, tau = 16": dict(use_plif=False, init_tau=16.0, use_max_pool=True),
+    "PLIF, tau0 = 2, average pool": dict(use_plif=True, init_tau=2.0, use_max_pool=False),
+}
+# Accuracies in percent (Fang et al., 2021), in the order of SETTINGS; of accuracy-B only the first was published.
+PUBLISHED_A = {
+    "MNIST": (99.72, 99.73, 99.69, 99.49, 99.71),
+    "FashionMNIST": (94.38, 94.65, 94.17, 94.47, 94.74),
+    "CIFAR10": (93.50, 93.23, 93.03, 47.50, 93.30),
+    "NMNIST": (99.61, 99.53, 99.64, 99.15, 99.66),
+    "CIFAR10DVS": (74.80, 70.50, 73.60, 62.40, 72.70),
+    "DVS128Gesture": (97.57, 92.01, 96.88, 76.74, 97.22),
+}
+PUBLISHED_B = {
+    "MNIST": (99.63,),
+    "FashionMNIST": (93.85,),
+    "CIFAR10": (92.58,),
+    "NMNIST": (99.57,),
+    "CIFAR10DVS": (69.00,),
+    "DVS128Gesture": (96.53,),
+}
+OURS_TO_SET = {"dataset_name", "init_tau", "use_plif", "use_max_pool", "seed"}
+
+
+def plan(datasets, seeds, flags):
+    """The settings of every run, {(data set, name of the setting): [config of each seed]}.
+
+    Raises:
+      UserError: a flag that the ablation sets itself, or one that train.py would refuse too.
+    """
+    for flag in flags:
+        if flag.startswith("-") and flag.lstrip("-").split("=")[0] in OURS_TO_SET:
+            raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
+    runs = {}
+    for dataset in datasets:
+        base = config.parse(flags, __doc__, dataset_name=dataset, detach_reset=True)
+        if base.dataset_name != dataset:
+            raise UserError(f"-config is for {base.dataset_name}, -datasets names {dataset}; give the one or the other")
+        for name, setting in SETTINGS.items():
+            runs[dataset, name] = [
+                dataclasses.replace(base, seed=s, log_dir_prefix=str(Path(base.log_dir_prefix, f"seed_{s}")), **setting)
+                for s in seeds
+            ]
+    return runs
+
+
+def finished(run: config.Config):
+    """The result of a run that is done, with these settings and as many epochs; None otherwise."""
+    try:
+        result = json.loads((run.run_dir / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    asked = dataclasses.asdict(run)
+    same = all(result["settings"].get(name) == value for name, value in asked.items() if name not in MAY_CHANGE)
+    return result if same and result["epochs"] >= run.max_epoch else None
+
+
+def spread(values):
+    """Mean and sample deviation of accuracies, in percent; the deviation only where there are two or more."""
+    percent = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{deviation}"
+
+
+def table(runs) -> str:
+    """What is done so far as a Markdown table."""
+    lines = [
+        "| data set | setting | published | best | last | seeds | epochs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (dataset, name), configs in runs.items():
+        published = PUBLISHED_A if configs[0].val_ratio is None else PUBLISHED_B
+        figures = dict(zip(SETTINGS, published.get(dataset, ()), strict=False))
+        theirs = f"{figures[name]:.2f}" if name in figures else "-"
+        results = [result for run in configs if (result := finished(run))]
+        ours = [spread([r[which]["test_accuracy"] for r in results]) if results else "-" for which in ("best", "last")]
+        epochs = sorted({r["epochs"] for r in results})
+        cells = [dataset, name, theirs, *ours, str(len(results)), ", ".join(map(str, epochs)) or "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_metrics(configs):
+    """Each curve's mean over the seeds that are done, at the steps that all have."""
+    metrics = [read_metrics(run.run_dir) for run in configs if finished(run)]
+    mean = {}
+    for tag in metrics[0] if metrics else ():
+        curves = [dict(m[tag]) for m in metrics]
+        steps = sorted(set.intersection(*map(set, curves)))
+        mean[tag] = [(step, statistics.mean(curve[step] for curve in curves)) for step in steps]
+    return mean
+
+
+def draw(runs, path):
+    """A row for each data set: accuracy of every setting, then tau of every layer for each PLIF setting."""
+    datasets = list(dict.fromkeys(dataset for dataset, _ in runs))
+    learned = [name for name, setting in SETTINGS.items() if setting["use_plif"]]
+    fig, axes = figure(len(datasets), 1 + len(learned), width=19, height=4 * len(datasets), squeeze=False)
+    for row, dataset in zip(axes, datasets, strict=True):
+        for name, color in zip(SETTINGS, COLORS, strict=False):
+            if test := mean_metrics(runs[dataset, name]).get("test_accuracy"):
+                epochs, accuracy = zip(*test, strict=True)
+                dots = "." if len(epochs) <= 40 else ""
+                row[0].plot([e + 1 for e in epochs], [100 * a for a in accuracy], color=color, marker=dots, label=name)
+        row[0].set(title=dataset, xlabel="epochs trained", ylabel="test accuracy (%), mean over seeds")
+        row[0].grid(alpha=0.3)
+        if row[0].lines:
+            row[0].legend(fontsize="small")
+        for ax, name in zip(row[1:], learned, strict=True):
+            tau_over_epochs(ax, mean_metrics(runs[dataset, name]))
+            ax.set_title(name)
+    fig.savefig(path, dpi=100)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-datasets", "--datasets", nargs="+", choices=list(DATASETS), required=True)
+    parser.add_argument("-seeds", "--seeds", nargs="+", type=int, default=[2020])
+    chosen, flags = parser.parse_known_args(argv)
+    runs = plan(chosen.datasets, chosen.seeds, flags)
+    folder = Path(next(iter(runs.values()))[0].log_dir_prefix).parent
+    try:
+        for (dataset, name), configs in runs.items():
+            for run in configs:
+                done = finished(run)
+                print(f"\n== {dataset}, {name}, seed {run.seed}{': done' if done else ''}", flush=True)
+                if not done:
+                    train(run)
+    finally:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = table(runs)
+        print(f"\n{text}")
+        (folder / "ablation.md").write_text(text + "\n")
+        draw(runs, folder / "ablation.png")
+        print(f"\n{folder / 'ablation.md'}, {folder / 'ablation.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

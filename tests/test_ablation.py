@@ -1,0 +1,88 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from plif_jax.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import ablation
+
+
+def finish(config, best=0.9, epochs=None):
+    """Leaves what a finished run leaves."""
+    epochs = epochs or config.max_epoch
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    points = [{"tag": "test_accuracy", "step": e, "value": best, "time": 0.0} for e in range(epochs)]
+    points += [{"tag": "w0", "step": 5 * (e + 1), "value": 0.1 * e, "time": 0.0} for e in range(epochs)]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    result = {
+        "epochs": epochs,
+        "best": {"test_accuracy": best},
+        "last": {"test_accuracy": best - 0.1},
+        "settings": dataclasses.asdict(config),
+    }
+    (config.run_dir / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return ["-max_epoch", "3", "-log_dir_prefix", str(tmp_path / "logs")]
+
+
+def test_the_plan_is_the_papers_five_settings(flags):
+    runs = ablation.plan(["MNIST", "NMNIST"], [1, 2], flags)
+    assert len(runs) == 10 and {len(configs) for configs in runs.values()} == {2}
+    chosen = {
+        (c.use_plif, c.init_tau, c.use_max_pool) for (d, _), configs in runs.items() for c in configs if d == "MNIST"
+    }
+    assert chosen == {(p, tau, True) for p in (True, False) for tau in (2.0, 16.0)} | {(True, 2.0, False)}
+    configs = [c for configs in runs.values() for c in configs]
+    assert all(c.detach_reset and c.max_epoch == 3 for c in configs)
+    assert len({c.run_dir for c in configs}) == 20
+    assert {c.T for c in runs["NMNIST", "PLIF, tau0 = 2"]} == {10}
+
+
+@pytest.mark.parametrize("flag", ["-init_tau", "--use_plif", "-seed=3"])
+def test_what_the_ablation_sets_is_refused(flags, flag):
+    with pytest.raises(UserError, match=r"the ablation sets it; choose with -datasets and -seeds"):
+        ablation.plan(["MNIST"], [1], [*flags, flag])
+
+
+def test_only_runs_with_these_settings_and_epochs_are_done(flags):
+    run = ablation.plan(["MNIST"], [1], flags)["MNIST", "LIF, tau = 2"][0]
+    assert ablation.finished(run) is None
+    finish(run)
+    assert ablation.finished(run)["epochs"] == 3
+    assert ablation.finished(dataclasses.replace(run, max_epoch=4)) is None
+    assert ablation.finished(dataclasses.replace(run, train_samples=9)) is None
+    assert ablation.finished(dataclasses.replace(run, data_root="elsewhere"))
+
+
+def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, capsys, tmp_path):
+    runs = ablation.plan(["MNIST"], [1, 2], flags)
+    for run in runs["MNIST", "PLIF, tau0 = 2"]:
+        finish(run, best=0.9 + 0.01 * run.seed)
+    trained = []
+    monkeypatch.setattr(ablation, "train", lambda run: (trained.append(run), finish(run)))
+    ablation.main(["-datasets", "MNIST", "-seeds", "1", "2", *flags])
+    assert len(trained) == 8 and not any(run.use_plif and run.init_tau == 2 and run.use_max_pool for run in trained)
+    printed = capsys.readouterr().out
+    assert "| MNIST | PLIF, tau0 = 2 | 99.72 | 91.50 ± 0.71 | 81.50 ± 0.71 | 2 | 3 |" in printed
+    assert "| MNIST | LIF, tau = 16 | 99.49 | 90.00 ± 0.00 | 80.00 ± 0.00 | 2 | 3 |" in printed
+    assert (tmp_path / "logs" / "ablation.md").read_text() in printed
+    assert (tmp_path / "logs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_run_still_leaves_the_table(flags, monkeypatch, capsys):
+    def fail(run):
+        raise UserError("no data")
+
+    monkeypatch.setattr(ablation, "train", fail)
+    with pytest.raises(UserError, match="no data"):
+        ablation.main(["-datasets", "CIFAR10", *flags, "-val_ratio", "0.15"])
+    printed = capsys.readouterr().out
+    assert "| CIFAR10 | PLIF, tau0 = 2 | 92.58 | - | - | 0 | - |" in printed
+    assert "| CIFAR10 | LIF, tau = 2 | - | - | - | 0 | - |" in printed

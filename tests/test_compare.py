@@ -1,0 +1,123 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboardX import SummaryWriter
+
+from plif_jax.analysis import reference
+from plif_jax.config import Config
+from plif_jax.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import compare
+
+SETTINGS = dict(dataset_name="CIFAR10", use_plif=True, use_max_pool=True, detach_reset=True)
+ACCURACY = [(epoch, 0.5 + 0.01 * epoch) for epoch in range(40)]
+W = [(3125 * (epoch + 1), -0.05 * epoch) for epoch in range(40)]
+
+
+def write_csv(folder, run_name, tag, points):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{1.6e9 + step},{step},{value}" for step, value in points]
+    path = folder / f"run-{run_name}-tag-{tag}.csv"
+    path.write_text("\n".join(["Wall time,Step,Value", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Published curves as CSV: PLIF, LIF, and accuracy-B."""
+    folder, config = tmp_path / "published", Config(**SETTINGS)
+    write_csv(folder / "CIFAR10", config.run_name, "test_accuracy", ACCURACY)
+    write_csv(folder / "CIFAR10" / "w", config.run_name, "w0", W)
+    write_csv(folder / "CIFAR10", Config(**SETTINGS | {"use_plif": False}).run_name, "test_accuracy", ACCURACY[:3])
+    (folder / "accuracy_B").mkdir()
+    (folder / "accuracy_B" / "CIFAR10.csv").write_text("epoch,val_accuracy,test_accuracy,seconds\n0,0.44,0.47,486\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of ten epochs, better than the published run by one point, its w 0.5 higher."""
+    config = Config(**SETTINGS, log_dir_prefix=str(tmp_path / "logs"))
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.json").write_text(config.to_json())
+    points = [("test_accuracy", step, value + 0.01) for step, value in ACCURACY[:10]]
+    points += [("w0", 10 * (epoch + 1), w + 0.5) for epoch, (_, w) in enumerate(W[:10])]
+    lines = [json.dumps({"tag": tag, "step": step, "value": value, "time": 0.0}) for tag, step, value in points]
+    (config.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return config.run_dir
+
+
+def test_the_curve_of_the_same_settings_is_found(published):
+    found = reference.load(published, Config(**SETTINGS))
+    assert found.metrics == {"test_accuracy": ACCURACY, "w0": W} and found.differences == []
+    lif = reference.load(published, Config(**SETTINGS | {"use_plif": False}))
+    assert lif.metrics == {"test_accuracy": ACCURACY[:3]}
+    b = reference.load(published, Config(**SETTINGS, val_ratio=0.15))
+    assert b.metrics == {"val_accuracy": [(0, 0.44)], "test_accuracy": [(0, 0.47)]}
+
+
+def test_settings_that_differ_are_named(published):
+    found = reference.load(published, Config(**SETTINGS, T=4, train_samples=100))
+    assert found.differences == ["T is 4, theirs 8", "train_samples is 100, theirs None"]
+    with pytest.raises(UserError, match="holds no curves of a run like MNIST_init_tau_2"):
+        reference.load(published, Config(**SETTINGS | {"dataset_name": "MNIST"}))
+    with pytest.raises(UserError, match="holds no curves; give a folder"):
+        reference.load(published / "nowhere", Config(**SETTINGS))
+
+
+@pytest.fixture
+def event_file(tmp_path):
+    """A TensorBoard event file, written by tensorboardX, of an event data set's run; its second half continues."""
+    config = Config(**SETTINGS | {"dataset_name": "NMNIST"})
+    folder = tmp_path / "events" / config.run_name
+    with SummaryWriter(str(folder)) as writer:
+        for epoch, value in ACCURACY[:3]:
+            writer.add_scalar("test_accuracy", value, epoch, walltime=epoch)
+        writer.add_scalar("test_accuracy", 0.75, 2, walltime=100)
+    return next(folder.iterdir())
+
+
+def test_event_files_are_read(event_file):
+    found = reference.load(event_file.parents[1], Config(**SETTINGS | {"dataset_name": "NMNIST"}))
+    assert found.metrics == {"test_accuracy": [(0, 0.5), (1, pytest.approx(0.51)), (2, 0.75)]}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: data[:60] + b"?" + data[61:]])
+def test_damaged_event_files_are_named(event_file, damage):
+    event_file.write_bytes(damage(event_file.read_bytes()))
+    with pytest.raises(UserError, match=rf"{event_file.name} is damaged \(.*byte \d+"):
+        reference.read([event_file])
+
+
+@pytest.mark.parametrize("row", ["1,2", "1,x,0.5", "1,2,", "1,2,0.5x"])
+def test_damaged_csv_files_are_named(tmp_path, row):
+    path = write_csv(tmp_path, Config(**SETTINGS).run_name, "test_accuracy", ACCURACY)
+    path.write_text(path.read_text() + row)
+    with pytest.raises(UserError, match=r"is damaged .* fetch it again"):
+        reference.read([path])
+
+
+def test_epochs_count_from_one():
+    ours, theirs = [(0, 0.1), (1, 0.2), (4, 0.3), (6, 0.4)], [(0, 0.5), (4, 0.7), (6, 0.8), (7, 0.9)]
+    assert reference.differences_at(ours, theirs) == [(1, 0.1, 0.5), (5, 0.3, 0.7), (7, 0.4, 0.8)]
+
+
+def test_compare_prints_and_draws(run, published, capsys):
+    compare.main([str(run), "--reference", str(published)])
+    printed = capsys.readouterr().out
+    for line in ("after     1      51.00%   50.00%       +1.00", "after    10      60.00%   59.00%       +1.00"):
+        assert line in printed
+    # tau = 1 + exp(-w): w is -0.45 + 0.5 after ten epochs of 10 steps, theirs -0.45 after ten of 3125.
+    assert "layer 1                1.951    2.568" in printed
+    assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_explains_what_is_missing(run, published, tmp_path):
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        compare.main([str(tmp_path), "--reference", str(published)])
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no test accuracy yet"):
+        compare.main([str(run), "--reference", str(published)])
