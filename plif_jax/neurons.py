@@ -134,8 +134,8 @@ class IF(Neuron):
 
 @jax.custom_vjp
 def _sigmoid(w):
-    """sigmoid(w), its gradient multiplied in PyTorch's order: w is float32, and the last bit of its gradient counts."""
-    return jax.nn.sigmoid(w)
+    """sigmoid(w), rounded where PyTorch rounds: w is float32 even under float64, so the last bit of k counts."""
+    return 1 / (1 + jnp.exp(-w.astype(float)).astype(w.dtype))
 
 
 def _sigmoid_forward(w):
@@ -144,7 +144,10 @@ def _sigmoid_forward(w):
 
 
 def _sigmoid_backward(k, g):
-    return (g * (1 - k) * k,)
+    product = g * (1 - k) * k
+    # The select changes nothing; it keeps the CPU from fusing this product with the sum over timesteps, which would
+    # round once where PyTorch rounds twice.
+    return (jnp.where(product == 0, 0, product),)
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
