@@ -1,11 +1,11 @@
-"""Two virtual CPU devices, set up before anything imports JAX; warnings of our own code are errors."""
+"""Four virtual CPU devices, set up before anything imports JAX; warnings of our own code are errors."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax
 import pytest

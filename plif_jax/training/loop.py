@@ -4,6 +4,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -154,7 +155,8 @@ class Run:
         epoch, position = divmod(at, self.steps_per_epoch)
         split = self.parts["train"].split
         x, y = split.x[index_SB[position]], split.y[index_SB[position]]
-        where = step.first_failure(self.config, self.graphdef, jax.device_get(self.state), x, y)
+        before = jax.tree.map(jnp.asarray, jax.device_get(self.state))
+        where = step.first_failure(self.config, self.graphdef, before, x, y)
         raise UserError(
             f"epoch {epoch + 1}, step {at}: {where or 'the loss'} is not finite. Nothing was saved since the last "
             f"checkpoint; -seed {self.config.seed} gives the same batch again; a smaller -learning_rate may help"

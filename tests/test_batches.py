@@ -1,0 +1,72 @@
+"""Batches: pure functions of (seed, epoch, step), the same from device memory and from disk."""
+
+import jax
+import numpy as np
+import pytest
+
+from plif_jax.config import Config, UserError
+from plif_jax.data import batches
+from plif_jax.data.dataset import Dataset, Split
+
+
+def split_of(n, classes=10):
+    x = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
+    return Split(x, (np.arange(n) * 7 % classes).astype(np.int32), n, n)
+
+
+def samples(n):
+    return batches.Samples(split_of(n), np.arange(n))
+
+
+def test_an_epoch_shows_every_sample_once_but_for_the_partial_batch():
+    index = batches.training_batches(7, 0, samples(50), 16)
+    assert index.shape == (3, 16) and len(np.unique(index)) == 48
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    orders = [batches.training_batches(seed, epoch, samples(64), 16) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert not any((a == b).all() for a, b in zip(orders, orders[1:] + orders[:1], strict=True))
+    assert (orders[1] == batches.training_batches(1, 1, samples(64), 16)).all()
+
+
+def test_evaluation_pads_and_counts_every_sample_once():
+    index = batches.evaluation_batches(samples(21), 8)
+    assert index.shape == (3, 8) and sorted(index[index >= 0]) == list(range(21))
+
+
+def test_first_samples_are_spread_over_the_classes():
+    y = np.array([0] * 10 + [1] * 10 + [2] * 2)
+    assert list(batches.spread(y, 6)) == [0, 1, 10, 11, 20, 21]
+    assert np.bincount(y[batches.spread(y, 8)]).tolist() == [3, 3, 2]
+    assert len(batches.spread(y, None)) == 22
+
+
+@pytest.mark.parametrize("n, kept", [(100, 85), (7, 6), (1, 1)])
+def test_accuracy_b_keeps_the_first_85_percent_of_each_class_rounded_up(n, kept):
+    y = np.repeat([3, 5], n)
+    train, val = batches.split_per_class(y, np.arange(2 * n), 0.15)
+    assert train.tolist() == [*range(kept), *range(n, n + kept)]
+    assert sorted([*train, *val]) == list(range(2 * n))
+
+
+def test_partition_refuses_too_few_samples():
+    dataset = Dataset("MNIST", split_of(10), split_of(10), "here")
+    with pytest.raises(UserError, match="10 training samples make no batch of -batch_size 16"):
+        batches.partition(Config(dataset_name="MNIST"), dataset)
+
+
+@pytest.mark.parametrize("devices", (1, 2))
+def test_device_memory_and_disk_give_the_same_batches(devices):
+    chosen, part = jax.devices()[:devices], samples(40)
+    index = batches.evaluation_batches(part, 8)
+
+    def seen(feed):
+        pick = jax.pmap(lambda x, i: x[i], in_axes=(feed.axis, 0), devices=chosen)
+        return [
+            (np.asarray(pick(x, i))[i >= 0].tolist(), np.asarray(pick(y, i))[i >= 0].tolist())
+            for x, y, i in feed.chunks(index, [2, 2, 1])
+        ]
+
+    resident, streamed = (seen(batches.Feed(part.split, chosen, on)) for on in ("yes", "no"))
+    assert resident == streamed
+    assert sorted(np.concatenate([x for x, _ in resident]).ravel()) == list(range(40))

@@ -1,0 +1,105 @@
+"""Settings: the paper's command lines are understood, a mistake ends in one helpful line."""
+
+import pathlib
+
+import pytest
+
+from plif_jax.config import Config, UserError, load, parse
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+STATIC = (
+    "-init_tau 2.0 -use_max_pool -use_plif -device cuda:0 -dataset_name {} -log_dir_prefix LOGS -T 8 "
+    "-max_epoch 1024 -detach_reset"
+)
+EVENTS = (
+    "-init_tau 2.0 -use_max_pool -device cuda:0 -dataset_name {} -log_dir_prefix LOGS -T {} -max_epoch 1024 "
+    "-detach_reset -channels 128 -number_layer {} -split_by number -normalization None -use_plif"
+)
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [(STATIC.format(n), f"{n}_init_tau_2.0_use_plif_True_use_max_pool_True_T_8_detach_reset_True")
+     for n in ("MNIST", "FashionMNIST", "CIFAR10")]
+    + [(EVENTS.format(n, T, layers), f"{n}_init_tau_2.0_use_plif_True_use_max_pool_True_T_{T}_c_128_n_{layers}"
+        "_split_by_number_normalization_None_detach_reset_True")
+       for n, T, layers in (("NMNIST", 10, 2), ("CIFAR10DVS", 20, 4), ("DVS128Gesture", 20, 5))],
+)  # fmt: skip
+def test_the_published_commands_give_the_authors_run_names(line, name):
+    config = parse(line.split(), val_ratio=0.15)
+    assert config.run_name == f"val_0.15_{name}"
+    assert config.checkpoint_dir == pathlib.Path("LOGS") / f"pt_val_0.15_{name}"
+    assert parse(line.split()).run_name == name
+    assert (config.batch_size, config.learning_rate, config.T_max, config.seed) == (16, 1e-3, 64, 2020)
+    assert config.use_plif and config.use_max_pool and config.detach_reset and not config.alpha_learnable
+
+
+def test_absent_switches_are_off_as_in_the_authors_program():
+    config = parse(["-dataset_name", "MNIST", "-init_tau", "16"])
+    assert not (config.use_plif or config.use_max_pool or config.detach_reset)
+    assert config.run_name == "MNIST_init_tau_16.0_use_plif_False_use_max_pool_False_T_8_detach_reset_False"
+
+
+@pytest.mark.parametrize("spelling", (["-T", "5"], ["--T", "5"], ["-T=5"], ["--T=5"]))
+def test_one_dash_or_two(spelling):
+    assert parse(["-dataset_name", "MNIST", *spelling]).T == 5
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults():
+    config = parse(["-config", str(ROOT / "configs/nmnist.py"), "-channels", "4", "-use_plif", "false"], val_ratio=0.15)
+    assert (config.dataset_name, config.channels, config.number_layer) == ("NMNIST", 4, 2)
+    assert not config.use_plif and config.use_max_pool and config.val_ratio == 0.15
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_committed_config_loads(path):
+    assert isinstance(load(path), Config)
+
+
+def test_settings_survive_json():
+    config = Config(dataset_name="CIFAR10DVS", init_tau=3, val_ratio=0.2)
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("-inti_tau 3", "unknown argument -inti_tau; did you mean -init_tau?"),
+        ("-use_pilf", "did you mean -use_plif?"),
+        ("-dataset_name NMIST", "did you mean NMNIST?"),
+        ("-dataset_name NMNIST -init_tau 1", "-init_tau 1.0: init_tau must be above 1"),
+        ("-dataset_name NMNIST -init_tau nan", "above 1"),
+        ("-dataset_name NMNIST -init_tau two", "init_tau is a number"),
+        ("-dataset_name NMNIST -T 0", "-T 0: T must be at least 1"),
+        ("-dataset_name NMNIST -T 2.5", "T is a whole number"),
+        ("-dataset_name NMNIST -channels 0", "channels must be at least 1"),
+        ("-dataset_name NMNIST -number_layer 6", "can be halved 5 times; give 1 to 5"),
+        ("-dataset_name NMNIST -channels 1 -number_layer 5", "give more channels or fewer layers"),
+        ("-dataset_name NMNIST -split_by frame", "split_by is one of number, time"),
+        ("-dataset_name NMNIST -normalization L2", "one of frequency, max, norm, sum, None"),
+        ("-dataset_name NMNIST -use_plif maybe", "give nothing, true or false"),
+        ("-dataset_name NMNIST -val_ratio 1.5", "below 1"),
+        ("-dataset_name NMNIST -seed -1", "at least 0"),
+        ("-dataset_name NMNIST -T", "expected one argument"),
+        ("", "-dataset_name is not given; it is one of MNIST"),
+        ("-config nowhere.py", "nowhere.py: no such file"),
+        ("-dataset_name MNIST extra", "unknown argument extra"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(line, said):
+    with pytest.raises(UserError) as error:
+        parse(line.split())
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("config = 1", "defines no `config"), ("import nothing_such", "ModuleNotFoundError"), ("(", "SyntaxError")],
+)
+def test_a_broken_config_file_is_named(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        parse(["-config", str(path)])
+    assert "mine.py" in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,287 @@
+"""Training as a whole program, at small size: what it writes, stopping and continuing, devices, refusals."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tensorboardX.proto import event_pb2
+
+from plif_jax import data
+from plif_jax.config import Config
+from plif_jax.data import batches
+from plif_jax.errors import UserError
+from plif_jax.training import checkpoint, devices, evaluation, loop, signals, state, step
+from plif_jax.training.logs import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that are compiled again and again are read from a cache."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A run of seconds: two channels, 40 digits."""
+    return partial(
+        Config,
+        dataset_name="Digits",
+        use_plif=True,
+        use_max_pool=True,
+        detach_reset=True,
+        T=3,
+        channels=2,
+        number_layer=1,
+        batch_size=8,
+        train_samples=40,
+        test_samples=20,
+        max_epoch=2,
+        device="cpu:0",
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """An uninterrupted run: (config, result)."""
+    config = settings(log_dir_prefix=str(tmp_path_factory.mktemp("whole")))
+    return config, loop.train(config, say=lambda line: None)
+
+
+def arrays(config, kind="latest"):
+    _, net = checkpoint.load_network(config.run_dir, kind)
+    from plif_jax.interop import torch
+
+    return torch.state_dict(net)
+
+
+def assert_same_run(config, reference):
+    """Bitwise the same network and the same curves."""
+    for (name, mine), theirs in zip(arrays(config).items(), arrays(reference).values(), strict=True):
+        np.testing.assert_array_equal(mine, theirs, err_msg=name)
+    assert read_metrics(config.run_dir) == read_metrics(reference.run_dir)
+    assert tensorboard(config.run_dir) == tensorboard(reference.run_dir)
+
+
+def tensorboard(run):
+    """The scalars of a run's one event file, {tag: [(step, value), ...]}; lengths frame each protobuf event."""
+    (path,) = run.glob("events.out.tfevents.*")
+    raw, at, scalars = path.read_bytes(), 0, {}
+    while at < len(raw):
+        size = int.from_bytes(raw[at : at + 8], "little")
+        event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+        at += 16 + size
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
+
+
+def test_a_run_writes_what_it_found(whole):
+    config, result = whole
+    folder = config.run_dir
+    assert {path.name for path in folder.iterdir()} > {"config.json", "result.json", "summary.png", "metrics.jsonl"}
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["epochs"] == 2 and result["samples"] == {"train": 40, "test": 20}
+    assert result["settings"]["init_tau"] == 2.0 and result["versions"]["jax"] == jax.__version__
+    assert set(result["tau_before"].values()) == {2.0} and set(result["tau"].values()) != {2.0}
+
+    metrics = read_metrics(folder)
+    assert set(metrics) == {"train_accuracy", "train_loss", "test_accuracy", "w0", "w1", "w2"}
+    assert [at for at, _ in metrics["train_loss"]] == [0]  # every 256 steps, and there are 10
+    assert [at for at, _ in metrics["test_accuracy"]] == [0, 1]  # at the epoch
+    assert [at for at, _ in metrics["w0"]] == [5, 10]  # after each epoch, at the step
+    assert metrics["test_accuracy"][-1][1] == result["last"]["test_accuracy"]
+    tau = 1 + np.exp(-metrics["w0"][-1][1])
+    np.testing.assert_allclose(tau, result["tau"]["conv.2"], rtol=1e-6)
+    assert {tag: [at for at, _ in points] for tag, points in tensorboard(folder).items()} == {
+        tag: [at for at, _ in points] for tag, points in metrics.items()
+    }
+
+
+def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
+    config, result = whole
+    figures = evaluation.evaluate(*checkpoint.load_network(config.run_dir), progress=False)
+    assert figures["accuracy"] == result["best"]["test_accuracy"]
+    assert figures["confusion"].sum() == figures["samples"] == 20
+    assert set(figures["firing_rates"]) == {"conv.2", "fc.3", "fc.6"}
+    assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
+
+
+def test_stopped_after_an_epoch_and_continued_is_the_uninterrupted_run(settings, whole, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path))
+    loop.train(dataclasses.replace(config, max_epoch=1), say=lambda line: None)
+    loop.train(config, say=lambda line: None)
+    assert_same_run(config, whole[0])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_in_mid_epoch_and_the_run_continues(settings, whole, tmp_path, signum):
+    config, said = settings(log_dir_prefix=str(tmp_path)), []
+
+    def say(line):
+        said.append(line)
+        if line.startswith("epoch    1"):
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(signals.Interrupted) as interrupted:
+        loop.train(config, say=say)
+    assert interrupted.value.code == 128 + signum
+    assert "saved: the same command continues" in said[-1]
+    assert "step 10" not in said[-1] and "step 5" not in said[-1]  # in the middle of epoch 2
+    loop.train(config, say=lambda line: None)
+    assert_same_run(config, whole[0])
+
+
+def test_a_finished_run_says_so_and_a_larger_max_epoch_trains_on(whole, tmp_path):
+    config, _ = whole
+    said = []
+    loop.train(config, say=said.append)
+    assert any("finished already: 2 epochs are done" in line for line in said)
+
+
+def test_several_steps_in_one_call_are_the_same_training(settings, whole, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path), steps_per_call=2)
+    loop.train(config, say=lambda line: None)
+    for (name, mine), theirs in zip(arrays(config).items(), arrays(whole[0]).values(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert len(read_metrics(config.run_dir)["train_loss"]) == 1
+
+
+def test_1_2_and_4_devices_train_the_same_network(settings, x64):
+    config = settings(precision="float64")
+    part = batches.partition(config, data.load(config, progress=False))["train"]
+    index = np.concatenate([batches.training_batches(config.seed, epoch, part, 8) for epoch in range(4)])
+
+    def trained(chosen):
+        optimizer = state.adam(config, 5)
+        graphdef, now = state.create(config, optimizer, chosen)
+        feed = batches.Feed(part.split, chosen)
+        train = step.make_train(config, graphdef, optimizer, chosen, feed.axis)
+        for arguments in feed.chunks(index, [1] * 20):
+            now, _ = train(now, *arguments, np.zeros(len(chosen), np.int32))
+        copies = [np.stack([shard.data for shard in leaf.addressable_shards]) for leaf in jax.tree.leaves(now)]
+        assert all((copy == copy[:1]).all() for copy in copies)  # devices agree to the bit
+        return checkpoint._names((now.params, now.batch_stats))
+
+    one = trained(jax.devices()[:1])
+    for count in (2, 4):
+        many = trained(jax.devices()[:count])
+        for name, value in one.items():
+            # w is float32, as in the paper's program: its last bit may differ.
+            tolerance = 1e-10 if value.dtype == np.float64 else 2e-6
+            np.testing.assert_allclose(many[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_learning_rate_follows_the_cosine_past_T_max(settings, x64):
+    config, steps_per_epoch = settings(learning_rate=0.1, T_max=4), 3
+    optimizer = state.adam(config, steps_per_epoch)
+    now, moved = optimizer.init(jnp.ones(())), []
+    for _ in range(9 * steps_per_epoch):
+        update, now = optimizer.update(jnp.ones(()), now)  # Adam under a constant gradient moves by -lr
+        moved.append(-float(update))
+    epochs = np.arange(9)
+    expected = 0.1 * (1 + np.cos(np.pi * epochs / 4)) / 2
+    np.testing.assert_allclose(np.array(moved).reshape(9, 3), expected[:, None].repeat(3, 1), atol=1e-8)
+    assert expected[4] < 1e-9 and expected[8] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("val_ratio, chosen_by", [(None, "test_accuracy"), (0.15, "val_accuracy")])
+def test_of_equal_epochs_the_later_is_best(settings, tmp_path, monkeypatch, val_ratio, chosen_by):
+    config = settings(log_dir_prefix=str(tmp_path), max_epoch=4, train_samples=80, val_ratio=val_ratio)
+    scores = {"test": iter([0.5, 0.7, 0.6, 0.1]), "val": iter([0.2, 0.9, 0.9, 0.3])}
+    monkeypatch.setattr(loop.Run, "train_epoch", lambda run, epoch: _pretend(run))
+    monkeypatch.setattr(loop.Run, "accuracy", lambda run, name: next(scores[name]))
+    result = loop.train(config, say=lambda line: None)
+    expected = {"test_accuracy": (2, 0.7), "val_accuracy": (3, 0.6)}[chosen_by]
+    assert (result["best"]["epoch"], result["best"]["test_accuracy"]) == expected
+    assert result["last"]["epoch"] == 4 and result["last"]["test_accuracy"] == 0.1
+    assert ("val_accuracy" in read_metrics(config.run_dir)) == (val_ratio is not None)
+    kept = sorted(int(path.name) for path in config.checkpoint_dir.glob("[0-9]*"))
+    steps = result["samples"]["train"] // 8
+    assert {expected[0] * steps, 3 * steps, 4 * steps} <= set(kept)  # the best and the last two
+
+
+def _pretend(run):
+    run.state = dataclasses.replace(run.state, step=run.state.step + run.steps_per_epoch)
+    return {"loss": 0.0, "train_accuracy": 0.0}
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(settings, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path), learning_rate=1e38)
+    with pytest.raises(UserError, match=r"epoch 1, step \d+: the (output|gradient) of \S+ is not finite"):
+        loop.train(config, say=lambda line: None)
+    assert not list(config.checkpoint_dir.glob("[0-9]*"))
+
+
+def test_other_settings_are_refused_by_name(settings, whole):
+    other = dataclasses.replace(whole[0], batch_size=4, seed=1, max_epoch=3)
+    with pytest.raises(UserError, match="batch_size was 8, is 4; seed was 2020, is 1"):
+        loop.train(other, say=lambda line: None)
+
+
+def test_a_second_program_in_the_same_folder_stops(settings, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path))
+    config.checkpoint_dir.mkdir(parents=True)
+    with (config.checkpoint_dir / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another program is training in"):
+            loop.train(config, say=lambda line: None)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "record"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(settings, whole, tmp_path, damage):
+    config, said = settings(log_dir_prefix=str(tmp_path)), []
+    loop.train(config, say=lambda line: None)
+    latest = config.checkpoint_dir / "10"
+    files = [p for p in latest.rglob("*") if p.is_file() and p.stat().st_size > 1000 and "record" not in p.parts]
+    if damage == "record":
+        files = [latest / "record" / "metadata"]
+    for path in files:
+        raw = path.read_bytes()
+        middle = len(raw) // 2
+        path.write_bytes(
+            {"truncated": raw[:middle], "emptied": b"", "record": raw[:middle]}.get(
+                damage, raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1 :]
+            )
+        )
+    loop.train(config, say=said.append)
+    assert any("checkpoint of step 10 is damaged" in line for line in said)
+    assert any("continuing after epoch 1, step 5" in line for line in said)
+    assert_same_run(config, whole[0])
+
+
+def test_batch_size_must_divide_among_the_devices(settings):
+    with pytest.raises(UserError, match=r"-batch_size 6 does not divide among 4 devices; give 4 or 8"):
+        devices.choose(settings(batch_size=6, device="cpu"))
+
+
+def test_devices_by_the_authors_names(settings):
+    every = jax.devices()
+    assert devices.choose(settings(device=None)) == devices.choose(settings(device="cpu")) == every
+    assert devices.choose(settings(device="cpu:1")) == every[1:2]
+    assert devices.choose(settings(device="cpu:0,1")) == every[:2]
+    said = []
+    assert devices.choose(settings(device="cuda:0"), said.append) == every
+    assert "JAX finds no cuda here" in said[0]
+    for wrong in ("cpu:9", "gpux", "cpu:a"):
+        with pytest.raises(UserError, match=f"-device {wrong}"):
+            devices.choose(settings(device=wrong))
+
+
+def test_dropout_and_order_are_functions_of_seed_and_step(settings):
+    config = settings()
+    first, again, later = (step.sample_keys(config, at, jnp.arange(4)) for at in (3, 3, 4))
+    assert (jax.random.key_data(first) == jax.random.key_data(again)).all()
+    assert (jax.random.key_data(first) != jax.random.key_data(later)).any()
+    assert optax.tree.norm(jnp.ones(4)) == 2  # the norm that decides whether a gradient is finite
