@@ -12,7 +12,7 @@ from flax import nnx
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout, avg_pool, max_pool, torch_default_init, vote
+from plif_jax.layers import BatchNorm, Dropout, avg_pool, conv3x3, max_pool, torch_default_init, vote
 
 
 class Pool(nnx.Module):
@@ -52,6 +52,7 @@ def conv(features):
             padding=1,
             use_bias=False,
             kernel_init=torch_default_init,
+            conv_general_dilated=_conv3x3,
             dtype=net.dtype,
             param_dtype=float,
             rngs=rngs,
@@ -59,6 +60,11 @@ def conv(features):
         return layer, (*size, features)
 
     return build
+
+
+def _conv3x3(x, kernel, *args, **kwargs):
+    """What `nnx.Conv` asks of its convolution; strides, padding and layout are always these."""
+    return conv3x3(x, kernel)
 
 
 def linear(features=None):
