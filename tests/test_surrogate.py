@@ -1,0 +1,115 @@
+"""Spike functions: Heaviside forward, and backward the derivative of the stated primitive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plif_jax import surrogate
+
+# Derivatives at x = -0.7, 0, 0.3, 1.5 with the default parameters, as SpikingJelly 2.0 gives them.
+DERIVATIVES = {
+    surrogate.ATan: (0.171347123095, 1.0, 0.529586853444, 0.043091171188),
+    surrogate.Sigmoid: (0.216152459026, 1.0, 0.711577762587, 0.009866037165),
+    surrogate.PiecewiseQuadratic: (0.3, 1.0, 0.7, 0.0),
+    surrogate.PiecewiseExp: (0.248292651896, 0.5, 0.370409110341, 0.111565080074),
+    surrogate.SoftSign: (0.173611111111, 1.0, 0.390625, 0.0625),
+    surrogate.SuperSpike: (0.346020761246, 1.0, 0.591715976331, 0.16),
+    surrogate.Erf: (0.158941707677, 1.128379167096, 0.787243431714, 0.000139253052),
+    surrogate.NonzeroSignLogAbs: (0.588235294118, 1.0, 0.769230769231, 0.4),
+    surrogate.QPseudoSpike: (0.173611111111, 1.0, 0.390625, 0.0625),
+    surrogate.Rect: (0.0, 1.0, 1.0, 0.0),
+    surrogate.LogTailedReLU: (0.0, 0.0, 1.0, 0.666666666667),
+    surrogate.S2NN: (0.216152459026, 1.0, 0.769230769231, 0.4),
+    surrogate.LeakyKReLU: (0.0, 1.0, 1.0, 1.0),
+    surrogate.PiecewiseLeakyReLU: (0.5, 0.5, 0.5, 0.01),
+}
+# Their derivative for x keeps to the defaults above; these settings move every kink and every slope.
+SETTINGS = [
+    (surrogate.ATan, {"alpha": 3.1}),
+    (surrogate.Sigmoid, {"alpha": 2.7}),
+    (surrogate.PiecewiseQuadratic, {"alpha": 0.8}),
+    (surrogate.PiecewiseExp, {"alpha": 1.7}),
+    (surrogate.SoftSign, {"alpha": 3.3}),
+    (surrogate.SuperSpike, {"alpha": 1.9}),
+    (surrogate.Erf, {"alpha": 0.9}),
+    (surrogate.NonzeroSignLogAbs, {"alpha": 2.2}),
+    (surrogate.QPseudoSpike, {"alpha": 3.5}),
+    (surrogate.Rect, {"alpha": 0.7}),
+    (surrogate.LogTailedReLU, {"alpha": 0.2}),
+    (surrogate.S2NN, {"alpha": 3.0, "beta": 0.6}),
+    (surrogate.LeakyKReLU, {"alpha": 1.4, "leak": 0.3}),
+    (surrogate.PiecewiseLeakyReLU, {"alpha": 0.6, "c": 0.2}),
+]
+X = np.linspace(-2.03, 2.11, 53)  # no point on a kink, points on both sides of every one
+
+every_class = pytest.mark.parametrize("cls", DERIVATIVES, ids=lambda cls: cls.__name__)
+every_setting = pytest.mark.parametrize("cls, settings", SETTINGS, ids=lambda value: getattr(value, "__name__", ""))
+
+
+def test_every_surrogate_is_in_the_tables():
+    classes = {c for c in vars(surrogate).values() if isinstance(c, type) and issubclass(c, surrogate.Surrogate)}
+    assert set(DERIVATIVES) == {cls for cls, _ in SETTINGS} == classes - {surrogate.Surrogate}
+
+
+@every_class
+def test_fires_at_and_above_zero(cls):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        spikes = cls()(jnp.asarray([-1.0, -1e-30, -0.0, 0.0, 1e-30, 3.0], dtype))
+        np.testing.assert_array_equal(spikes, [0, 0, 1, 1, 1, 1])
+        assert spikes.dtype == dtype
+
+
+@every_class
+def test_default_derivatives_are_the_fields(cls, x64):
+    x = jnp.asarray([-0.7, 0.0, 0.3, 1.5])
+    np.testing.assert_allclose(jax.grad(lambda x: cls()(x).sum())(x), DERIVATIVES[cls], atol=1e-11)
+
+
+@every_setting
+def test_gradient_is_the_derivative_of_the_primitive(cls, settings, x64):
+    fire = cls(**settings)
+    cotangent = jnp.cos(jnp.arange(X.size))
+    gradient = jax.vjp(fire, jnp.asarray(X))[1](cotangent)[0]
+    expected = jax.vjp(fire.primitive, jnp.asarray(X))[1](cotangent)[0]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-13)
+
+
+@every_setting
+def test_learned_alpha_gets_the_derivative_of_the_primitive(cls, settings, x64):
+    """Against central differences, since all but ATan take this derivative by autodiff."""
+    cotangent = np.cos(np.arange(X.size))
+
+    def total(fire):
+        return jnp.sum(cotangent * fire(jnp.asarray(X)))
+
+    alpha_bar = nnx.grad(total)(cls(**settings, learnable=True)).alpha[...]
+    step = 1e-6
+    above, below = (cls(**{**settings, "alpha": settings["alpha"] + d}).primitive(X) for d in (step, -step))
+    np.testing.assert_allclose(alpha_bar, np.sum(cotangent * (above - below)) / (2 * step), rtol=1e-7, atol=1e-8)
+    assert alpha_bar.shape == ()
+
+
+def test_alpha_is_a_parameter_only_where_it_is_learned():
+    assert not jax.tree.leaves(nnx.state(surrogate.ATan(), nnx.Param))
+    (alpha,) = jax.tree.leaves(nnx.state(surrogate.ATan(3.0, learnable=True), nnx.Param))
+    assert alpha == 3
+
+
+def test_a_surrogate_of_ones_own_needs_two_functions(x64):
+    class Gaussian(surrogate.Surrogate):
+        def primitive(self, x):
+            return jax.scipy.stats.norm.cdf(self.alpha * x)
+
+        def derivative(self, x):
+            return self.alpha * jax.scipy.stats.norm.pdf(self.alpha * x)
+
+    fire = Gaussian(1.5, learnable=True)
+    x = jnp.asarray([-0.4, 0.9])
+    np.testing.assert_allclose(jax.grad(lambda x: fire(x).sum())(x), jax.grad(lambda x: fire.primitive(x).sum())(x))
+    np.testing.assert_allclose(
+        nnx.grad(lambda fire: fire(x).sum())(fire).alpha[...],
+        jnp.sum(x * jax.scipy.stats.norm.pdf(1.5 * x)),
+        rtol=1e-12,
+    )
