@@ -1,0 +1,129 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from plif_jax import curves, neurons, surrogate
+from plif_jax.analysis import plots
+from plif_jax.analysis.recording import LayerRecord
+from plif_jax.errors import UserError
+
+
+@pytest.fixture
+def ax():
+    return curves.figure()[1]
+
+
+def drawn(ax):
+    """Draws the figure, so that whatever only fails when rendered fails; gives the legend's texts."""
+    ax.figure.canvas.draw()
+    legend = ax.get_legend()
+    return [text.get_text() for text in legend.get_texts()] if legend else []
+
+
+METRICS = {
+    "test_accuracy": [(0, 0.5), (1, 0.8), (2, 0.8)],
+    "w0": [(90, 0.0), (180, -1.0), (270, -2.0)],
+    "w10": [(90, 0.0), (180, 0.0), (270, -5.0)],
+    "w2": [(90, 0.0), (180, 0.0), (270, 1.0)],
+}
+
+
+def test_accuracy_is_drawn_after_the_epochs_trained(ax):
+    assert curves.accuracy_over_epochs(ax, METRICS) is ax
+    assert drawn(ax) == ["test", "accuracy-A: 80.00 %"]
+    line, star = ax.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 50], [2, 80], [3, 80]])
+    assert star.get_xydata().tolist() == [[3, 80]]  # of equal epochs the later
+
+
+def test_accuracy_b_is_read_where_validation_is_best(ax):
+    curves.accuracy_over_epochs(ax, METRICS | {"val_accuracy": [(0, 0.9), (1, 0.8), (2, 0.7)]})
+    assert drawn(ax) == ["test", "val", "accuracy-B: 50.00 %"]
+
+
+def test_tau_is_drawn_for_each_layer_in_order(ax):
+    assert curves.tau_over_epochs(ax, METRICS) is ax
+    assert drawn(ax) == ["layer 1: 8.39", "layer 3: 1.37", "layer 11: 149.41"]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 2], [2, 1 + np.e], [3, 1 + np.e**2]], rtol=1e-6)
+    assert ax.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("metrics", [{}, {"test_accuracy": [(0, 0.5)]}, METRICS])
+def test_a_summary_is_written_whatever_was_logged(metrics, tmp_path):
+    curves.summary(metrics, tmp_path / "summary.png", "run")
+    learned = Image.open(tmp_path / "summary.png").width > 1000
+    assert learned == ("w0" in metrics)
+
+
+def test_neuron_response_shows_membranes_and_spikes(ax):
+    x = jnp.full(6, 1.5)
+    assert plots.neuron_response(ax, x, {"a": neurons.LIF(2.0), "b": neurons.IF()}) is ax
+    assert drawn(ax) == ["a, spikes: 3", "b, spikes: 6"]
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [0.75, 0, 0.75, 0, 0.75, 0])
+    assert [list(c.get_positions()) for c in ax.collections] == [[2, 4, 6], [1, 2, 3, 4, 5, 6]]
+
+
+def test_surrogate_pictures_show_g_and_its_derivative():
+    (_, (left, right)), atan = curves.figure(1, 2), {"ATan": surrogate.ATan()}
+    assert drawn(plots.surrogate_functions(left, atan)) == ["spike", "ATan"]
+    assert drawn(plots.surrogate_gradients(right, atan)) == ["ATan"]
+    x, g = left.lines[1].get_data()
+    np.testing.assert_allclose(np.gradient(g, x)[1:-1], right.lines[0].get_ydata()[1:-1], atol=1e-3)
+
+
+def test_a_raster_has_a_tick_for_every_spike(ax):
+    spikes = np.array([[1, 0, 0], [1, 0, 1]])
+    assert plots.raster(ax, spikes, "layer") is ax
+    drawn(ax)
+    assert [list(c.get_positions()) for c in ax.collections] == [[1, 2], [], [2]]
+
+
+def test_firing_rates_show_percent_per_layer_and_timestep(ax):
+    none = jnp.zeros((2, 3, 0))
+    layers = {
+        name: LayerRecord(none, none, none, none, rate_TB, jnp.zeros(5))
+        for name, rate_TB in {"a": jnp.array([[0.1, 0.3], [0, 0]]), "b": jnp.array([[1, 1], [0.5, 0]])}.items()
+    }
+    assert plots.firing_rates(ax, layers) is ax
+    drawn(ax)
+    np.testing.assert_allclose(ax.images[0].get_array(), [[20, 0], [100, 25]], rtol=1e-6)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_spike_maps_lie_in_rows_of_channels_and_columns_of_time(ax):
+    spikes = np.zeros((3, 4, 5, 10))
+    spikes[2, 1, 3, 7] = 1
+    assert plots.spike_maps(ax, spikes) is ax
+    drawn(ax)
+    image = np.asarray(ax.images[0].get_array())
+    row = [label.get_text() for label in ax.get_yticklabels()].index("7")
+    assert np.argwhere(image == 1).tolist() == [[row * 5 + 1, 2 * 6 + 3]]
+
+
+def test_event_colors_tell_polarities_apart():
+    frames = np.zeros((1, 2, 2, 2))
+    frames[0, 0, 0, 0] = frames[0, 1, 1, 1] = 3
+    colors = plots.event_colors(frames)[0]
+    assert colors[0, 1].tolist() == [1, 1, 1]
+    assert colors[0, 0].argmax() == 2 and colors[1, 1].argmax() == 0
+    assert (plots.event_colors(np.zeros((1, 2, 2, 2))) == 1).all()
+    with pytest.raises(UserError, match=r"event frames of shape \(2, 2\)"):
+        plots.event_colors(np.zeros((2, 2)))
+
+
+def test_event_frames_and_animation_show_every_frame(ax, tmp_path):
+    frames = np.random.default_rng(0).poisson(0.2, (7, 34, 34, 2))
+    assert plots.event_frames(ax, frames) is ax
+    drawn(ax)
+    assert [text.get_text() for text in ax.texts] == [f"t = {t}" for t in range(1, 8)]
+    plots.save_gif(frames, tmp_path / "a.gif", milliseconds=50)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (7, (238, 238), 50, 0)
+
+
+def test_confusion_matrix_shows_shares_of_each_class(ax):
+    assert plots.confusion_matrix(ax, [[3, 1], [0, 0]], ["cat", "dog"]) is ax
+    drawn(ax)
+    np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 0]])
+    assert ax.get_title() == "accuracy 75.00%"
