@@ -1,7 +1,9 @@
 """The exported function against the network, loaded where plif_jax cannot be imported."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +115,30 @@ def test_folding_needs_weights_before_the_batch_norm():
     net.static_conv = nnx.List([net.static_conv[1]])
     with pytest.raises(UserError, match="batch norm after nothing"):
         fold(net)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """experiments/export.py with a run that need not be trained first."""
+    path = Path(__file__).parents[1] / "experiments" / "export.py"
+    spec = importlib.util.spec_from_file_location("export_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "load_network", lambda run, checkpoint: (None, trained(False)))
+    return module
+
+
+def test_the_script_writes_what_the_ending_says(tmp_path, script, capsys):
+    script.main(["RUN", str(tmp_path / "net.jax"), "-batch_size", "2"])
+    assert "a function of float32[5,2,6,6,1]" in capsys.readouterr().out
+    x = some_input(False, 2)
+    assert_rates_are_those_of(trained(False), x, jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x))
+    with pytest.raises(UserError, match=r"neither .nir nor .jax"):
+        script.main(["RUN", "net.onnx"])
+
+
+def test_the_script_writes_nir(tmp_path, script, capsys):
+    nir = pytest.importorskip("nir")
+    script.main(["RUN", str(tmp_path / "net.nir")])
+    assert "10 NIR nodes" in capsys.readouterr().out
+    assert nir.read(tmp_path / "net.nir").metadata == {"dt": 1e-4, "T": T}

@@ -264,6 +264,21 @@ def with_neuron(**settings):
     return net
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": neurons.IF, "v_threshold": 2.5}, {"tau": 1.7, "v_threshold": 0.8, "v_reset": -0.3}],
+    ids=["IF", "LIF with other rest and threshold"],
+)
+def test_neurons_the_paper_does_not_use(settings):
+    net, x = with_neuron(**settings), some_input()
+    outputs, spikes = interpret(nir_interop.to_nir(net), as_frames(x)), spikes_of(net, x)[0]
+    assert_same_spikes(spikes[:1], [outputs["conv_0"]])
+    assert_same_spikes(spikes[-1:], [outputs["fc_4"]])
+    again = nir_interop.from_nir(nir_interop.to_nir(net)).conv[0]
+    for field in ("__class__", "v_threshold", "v_reset"):
+        assert getattr(again, field) == getattr(net.conv[0], field)
+
+
 def max_pool_first():
     table = static_table()
     table["conv"] = [networks.pool, *table["conv"][2:]]

@@ -47,5 +47,16 @@ def to_exported(net, batch_size=None):
 
 
 def save(net, path, batch_size=None):
-    """Writes the network's exported function to a file; arguments and errors are those of `to_exported`."""
-    Path(path).write_bytes(to_exported(net, batch_size).serialize())
+    """Writes the network's exported function to a file, and returns it.
+
+    Arguments are those of `to_exported`.
+
+    Raises:
+      UserError: as `to_exported`, or flatbuffers is not installed.
+    """
+    exported = to_exported(net, batch_size)
+    try:
+        Path(path).write_bytes(exported.serialize())
+    except ImportError:
+        raise UserError('writing a function needs the package flatbuffers: pip install "plif_jax[export]"') from None
+    return exported

@@ -26,10 +26,12 @@ What becomes of the parts that NIR has no node for:
 Feature maps are channels-first in NIR, and flattened so.
 """
 
+from plif_jax.errors import UserError
+
 try:
     import nir  # noqa: F401
 except ImportError as error:
-    raise ImportError('NIR exchange needs the package nir: pip install "plif_jax[nir]"') from error
+    raise UserError('NIR exchange needs the package nir: pip install "plif_jax[nir]"') from error
 
 from plif_jax.interop.nir_export import to_nir
 from plif_jax.interop.nir_import import from_nir

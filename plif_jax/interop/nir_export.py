@@ -67,11 +67,13 @@ def channels_first(shape):
 
 
 def shape_after(layer, shape):
+    """The shape that a layer makes of `shape`, both without T and B."""
     x = jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)
     return jax.eval_shape(layer, x).shape[2:]
 
 
 def vote_weight(classes, neurons_out):
+    """Weight [classes, neurons_out] that averages each class's group of adjacent neurons."""
     group = neurons_out // classes
     return np.kron(np.eye(classes, dtype=np.float32), np.full((1, group), 1 / group, np.float32))
 
@@ -106,6 +108,7 @@ def _neuron_to_nir(name, neuron, shape, dt):
 
 
 def pair(setting):
+    """A setting for height and width, given as one number or two, as two."""
     return tuple(np.broadcast_to(setting, 2).tolist())
 
 
