@@ -94,7 +94,8 @@ class Checkpoints:
             "crc32": _digest(arrays),
         }
         step = int(arrays["step"])
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_names(state)), record=ocp.args.JsonSave(record))
+        # NumPy arrays: across processes a pmap's results are arrays of each process alone, which Orbax does not take.
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
 
         def write():
             if step in self._manager.all_steps():  # a run stopped in an evaluation saved this step already

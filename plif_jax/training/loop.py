@@ -88,7 +88,7 @@ class Run:
         result = report.result(self)
         if self.main:
             self.logs.close()
-            report.write(self.config, result, self.say)
+            report.conclude(self.config, result, self.say)
         return result
 
     def train_epoch(self, epoch) -> dict:
@@ -192,6 +192,8 @@ class Run:
                 self.logs.add(f"w{i}", w, last_step)
         progress["epoch"] = epoch + 1
         self._save(score)
+        if self.main:
+            report.write(self.config, report.result(self))
         self.say(report.epoch_line(self, figures))
 
     def _save(self, score):

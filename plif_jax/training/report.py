@@ -36,6 +36,7 @@ def result(run) -> dict:
         "best": progress["best"],
         "last": progress["last"],
         "epochs": progress["epoch"],
+        "finished": progress["epoch"] >= run.config.max_epoch,
         "samples": {name: len(part) for name, part in run.parts.items()},
         "tau_before": run.taus_before,
         "tau": run.taus(),
@@ -49,10 +50,16 @@ def result(run) -> dict:
     }
 
 
-def write(config, result, say):
-    """Writes `result.json` and `summary.png` into the run folder and says what there is to know."""
+def write(config, result):
+    """Writes `result.json` into the run folder, whole or not at all."""
+    temporary = config.run_dir / "result.tmp"
+    temporary.write_text(json.dumps(result, indent=1))
+    os.replace(temporary, config.run_dir / "result.json")
+
+
+def conclude(config, result, say):
+    """Draws `summary.png` into the run folder and says what there is to know."""
     folder = config.run_dir
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
     summary(read_metrics(folder), folder / "summary.png", title=config.run_name)
     best, last = result["best"], result["last"]
     say(f"\n{result['protocol']} of {config.run_name}")

@@ -1,0 +1,163 @@
+"""Runs the rows of RESULTS.md, as far as the time allows, and writes the page anew.
+
+    python experiments/results.py digits nmnist_a -data_root DATA -minutes 20
+    python experiments/results.py mnist fashion_mnist cifar10 -data_root DATA -minutes 25     # on a GPU
+    python experiments/results.py                                                             # only the page
+
+Each row is a command that trains; when the time is up it is told to stop, saves, and the next call goes on from
+there. What a row has reached is kept in docs/results/ROW.json and its picture beside it; RESULTS.md is made from these.
+Nothing enters the page that was not run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from plif_jax import cli, config, data
+from plif_jax.curves import summary
+from plif_jax.errors import UserError
+from plif_jax.training.logs import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "results"
+EPOCHS = (1, 5, 10, 32, 64)
+
+FIGURES = (
+    *("protocol", "best", "last", "epochs", "finished", "samples", "tau_before", "tau"),
+    *("seconds", "samples_per_second", "devices", "machine", "versions"),
+)
+
+SMALL = "on a part of the data, narrower or shorter than the paper: no figure of theirs compares"
+FULL = "the paper's settings"
+# name: (script, arguments, what it is)
+ROWS = {
+    "digits": ("train.py", "-config configs/digits.py", "the quickstart, simulated events; not in the paper"),
+    "nmnist_a": ("train.py", "-config configs/nmnist.py", f"N-MNIST, 16 channels, {SMALL}"),
+    "nmnist_b": ("train_val.py", "-config configs/nmnist.py", f"N-MNIST, 16 channels, accuracy-B, {SMALL}"),
+    "mnist_small": (
+        "train.py",
+        "-config configs/mnist.py -train_samples 1000 -test_samples 500 -max_epoch 5 -T_max 5",
+        f"MNIST, {SMALL}",
+    ),
+    "fashion_mnist_small": (
+        "train.py",
+        "-config configs/fashion_mnist.py -train_samples 1000 -test_samples 500 -max_epoch 5 -T_max 5",
+        f"Fashion-MNIST, {SMALL}",
+    ),
+    "mnist": ("train.py", "-config configs/mnist.py", f"MNIST, {FULL}"),
+    "fashion_mnist": ("train.py", "-config configs/fashion_mnist.py", f"Fashion-MNIST, {FULL}"),
+    "cifar10": ("train.py", "-config configs/cifar10.py", f"CIFAR-10, {FULL}"),
+    "nmnist": ("train.py", "-config configs/nmnist_paper.py", f"N-MNIST, {FULL}"),
+    "cifar10dvs": ("train.py", "-config configs/cifar10dvs.py", f"CIFAR10-DVS, {FULL}"),
+    "dvs128gesture": ("train.py", "-config configs/dvs128gesture.py", f"DVS128 Gesture, {FULL}"),
+}
+
+
+def run(name, more, logs, deadline):
+    """Trains a row until it is finished or the time is up, then keeps what it reached."""
+    script, arguments, _ = ROWS[name]
+    flags = [*arguments.split(), "-log_dir_prefix", str(Path(logs, name)), *more]
+    val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
+    settings = config.parse(flags, **val_ratio)
+    data.load(settings)  # a data set that is not there should cost no device time
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(logs, "compiled").absolute()),
+        "PYTHONPATH": str(ROOT),
+    }
+    program = subprocess.Popen([sys.executable, ROOT / "experiments" / script, *flags], cwd=ROOT, env=environment)
+    try:
+        code = program.wait(timeout=max(deadline - time.monotonic(), 1))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        program.send_signal(signal.SIGTERM)
+        code = program.wait()
+    if code not in (0, 143):
+        raise UserError(f"{name} ended with status {code}; its messages are above")
+    keep(name, settings)
+
+
+def keep(name, settings):
+    """Copies a row's figures and picture from its run into docs/results."""
+    try:
+        result = json.loads((settings.run_dir / "result.json").read_text())
+    except OSError:
+        return print(f"{name}: no epoch is done yet")
+    script, arguments, _ = ROWS[name]
+    curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
+    kept = {
+        "command": f"python experiments/{script} {arguments} -data_root DATA",
+        "after": {str(epoch): curve[epoch - 1] for epoch in EPOCHS if epoch - 1 in curve},
+        **{key: result[key] for key in FIGURES},
+        "dataset": settings.dataset_name,
+        "max_epoch": settings.max_epoch,
+    }
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name)
+
+
+def published():
+    """The authors' accuracy after some epochs, {data set: {epochs: percent}}, from docs/results/published.csv."""
+    with (KEPT / "published.csv").open(newline="") as lines:
+        return {row.pop("dataset"): row for row in csv.DictReader(lines)}
+
+
+def page() -> str:
+    """RESULTS.md, from what is kept."""
+    kept = {name: json.loads((KEPT / f"{name}.json").read_text()) for name in ROWS if (KEPT / f"{name}.json").exists()}
+    theirs = published()
+    parts = [(KEPT / "introduction.md").read_text().rstrip()]
+    for name, (_, _, what) in ROWS.items():
+        parts.append(_section(name, what, kept[name], theirs) if name in kept else f"## {name}\n\n{what}. Not run yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name, what, row, theirs):
+    compare = FULL in what
+    best, last = row["best"], row["last"]
+    epochs = row["epochs"] if row["finished"] else f"{row['epochs']} of {row['max_epoch']} so far"
+    samples = ", ".join(f"{n} {part}" for part, n in row["samples"].items())
+    header = "| after epochs | " + " | ".join(row["after"]) + " |"
+    lines = [header, "|---" * (1 + len(row["after"])) + "|"]
+    lines.append(
+        "| test accuracy here, % | " + " | ".join(f"{100 * value:.2f}" for value in row["after"].values()) + " |"
+    )
+    if compare:
+        lines.append("| the authors' | " + " | ".join(theirs[row["dataset"]][epoch] for epoch in row["after"]) + " |")
+    taus = ", ".join(f"{layer} {row['tau_before'][layer]:.2f} → {tau:.2f}" for layer, tau in row["tau"].items())
+    return (
+        f"## {name}\n\n{what}.\n\n```sh\n{row['command']}\n```\n\n"
+        f"| {row['protocol']}: best | last | epochs | samples | seconds | training samples/s | hardware |\n"
+        "|---|---|---|---|---|---|---|\n"
+        f"| {best['test_accuracy']:.2%} (epoch {best['epoch']}) | {last['test_accuracy']:.2%} | {epochs} | {samples} | "
+        f"{row['seconds']:.0f} | {row['samples_per_second']:.0f} | {row['devices'][0].split(' ', 1)[1]} "
+        f"x {len(row['devices'])}; {row['machine']}; JAX {row['versions']['jax']} |\n\n"
+        + "\n".join(lines)
+        + f"\n\ntau: {taus}.\n\n![accuracy and tau over epochs](docs/results/{name}.png)"
+    )
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"any of {', '.join(ROWS)}")
+    parser.add_argument("-minutes", "--minutes", type=float, default=float("inf"), help="wall-clock limit for all rows")
+    parser.add_argument("-logs", "--logs", default="logs/results", help="folder for the runs (default logs/results)")
+    given, more = parser.parse_known_args(argv)
+    unknown = [row for row in given.rows if row not in ROWS]
+    if unknown:
+        raise UserError(f"no row is called {unknown[0]}; there are {', '.join(ROWS)}")
+    deadline = time.monotonic() + 60 * given.minutes
+    for name in given.rows:
+        if time.monotonic() < deadline:
+            run(name, more, given.logs, deadline)
+    (ROOT / "RESULTS.md").write_text(page())
+    print(f"wrote {ROOT / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
