@@ -111,7 +111,7 @@ def test_compare_prints_and_draws(run, published, capsys):
     for line in ("after     1      51.00%   50.00%       +1.00", "after    10      60.00%   59.00%       +1.00"):
         assert line in printed
     # tau = 1 + exp(-w): w is -0.45 + 0.5 after ten epochs of 10 steps, theirs -0.45 after ten of 3125.
-    assert "layer 1                1.951    2.568" in printed
+    assert "tau after 10 epochs" in printed and "layer 1                1.951    2.568" in printed
     assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
