@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, evaluation, logs and checkpoints."""
 
+import math
 import sys
 import time
 
@@ -39,8 +40,9 @@ def train(config, say=print) -> dict:
     dataset = data.load(config, progress=main)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
-    with Checkpoints(config.checkpoint_dir, config, say) as checkpoints, signals.listening() as stop:
-        return Run(config, dataset, chosen, checkpoints, stop, say).finish()
+    with distributed.watching_peers(), signals.listening() as stop:
+        with Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
+            return Run(config, dataset, chosen, checkpoints, stop, say).finish()
 
 
 class Run:
@@ -188,8 +190,9 @@ class Run:
             for name in ("test_accuracy", "val_accuracy"):
                 if name in figures:
                     self.logs.add(name, figures[name], epoch)
-            for i, w in enumerate(self._learned("w")):
-                self.logs.add(f"w{i}", w, last_step)
+            learned = [neuron for neuron in self._neurons().values() if isinstance(neuron, PLIF)]
+            for i, neuron in enumerate(learned):
+                self.logs.add(f"w{i}", float(neuron.w[...]), last_step)
         progress["epoch"] = epoch + 1
         self._save(score)
         if self.main:
@@ -208,20 +211,17 @@ class Run:
         self.say(f"{interrupted} at step {int(self.state.step)}; saved: the same command continues")
         raise interrupted
 
-    def network(self):
-        """The network as it is now, in evaluation mode, on one device."""
-        params, batch_stats = jax.device_get((self.state.params, self.state.batch_stats))
-        net = nnx.merge(self.graphdef, params, batch_stats)
-        net.set_attributes(axis_name=None)
-        net.eval()
-        return net
-
-    def _learned(self, name):
-        return [float(getattr(n, name)[...]) for n in self.network().named_neurons().values() if isinstance(n, PLIF)]
+    def _neurons(self):
+        """The spiking layers as they are now, {name: neuron}."""
+        return nnx.merge(self.graphdef, self.state.params, self.state.batch_stats).named_neurons()
 
     def taus(self) -> dict[str, float]:
         """tau of every spiking layer now, in timesteps, by the layer's name."""
-        return {name: float(neuron.tau) for name, neuron in self.network().named_neurons().items()}
+        # On the host, 1 / sigmoid(w) = 1 + exp(-w): the arrays may span other processes' devices.
+        return {
+            name: 1 + math.exp(-float(neuron.w[...])) if isinstance(neuron, PLIF) else neuron.tau
+            for name, neuron in self._neurons().items()
+        }
 
 
 def steps_per_call(config, chosen):
