@@ -15,6 +15,7 @@ config = Config(
     T=10,
     channels=16,
     number_layer=2,
-    max_epoch=8,
-    T_max=8,
+    learning_rate=3e-3,
+    max_epoch=10,
+    T_max=10,
 )
