@@ -1,0 +1,237 @@
+"""Neurons: closed forms, the fast gradient against autodiff and a plain loop, the paper program's numbers."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import cases
+
+from plif_jax import neurons, surrogate
+from plif_jax.errors import UserError
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "neurons.npz")
+RESETS = (0.0, 0.2, None)
+
+
+@pytest.fixture
+def rolled(monkeypatch):
+    """Many unrolled timesteps compile slowly, and give the same numbers."""
+    monkeypatch.setattr(neurons, "MAX_UNROLL", 1)
+
+
+def currents(T=4, N=11, seed=0):
+    return jnp.asarray(cases.array(seed, (T, N), 1.2) + 0.7)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("v_reset", RESETS)
+def test_a_leaky_membrane_below_threshold_relaxes_exponentially(v_reset, x64):
+    tau, current = 3.0, 0.6
+    v, spikes = neurons.LIF(tau, v_reset=v_reset).unroll(None, jnp.full((12, 1), current))
+    rest = v_reset or 0.0
+    np.testing.assert_allclose(v, rest + current * (1 - (1 - 1 / tau) ** 12), rtol=1e-13)
+    assert not spikes.any()
+
+
+@pytest.mark.parametrize("v_reset", RESETS)
+@pytest.mark.parametrize("make", [lambda **k: neurons.LIF(4.0, **k), lambda **k: neurons.PLIF(4.0, **k)])
+def test_a_leaky_neuron_fires_with_the_period_of_the_closed_form(make, v_reset, x64, rolled):
+    """From v0 the membrane reaches threshold after ceil(log(1 - (1 - v0) / (v_inf - v0)) / log(1 - 1/tau)) steps."""
+    rest, current = v_reset or 0.0, 1.3
+    v_inf, start = rest + current, rest
+    spike_times = np.flatnonzero(make(v_reset=v_reset)(jnp.full((40, 1), current)))
+    expected, t = [], -1
+    while True:
+        steps = math.ceil(math.log((v_inf - 1.0) / (v_inf - start)) / math.log(1 - 1 / 4.0))
+        t += steps
+        if t >= 40:
+            break
+        expected.append(t)
+        start = v_inf - (v_inf - start) * (1 - 1 / 4.0) ** steps - 1.0 if v_reset is None else v_reset
+    assert len(expected) > 3
+    np.testing.assert_array_equal(spike_times, expected)
+
+
+@pytest.mark.parametrize("v_reset, period", [(0.0, 4), (0.5, 2), (-0.5, 6)])
+def test_an_integrator_fires_after_threshold_over_current_steps(v_reset, period, rolled):
+    spikes = neurons.IF(v_reset=v_reset)(jnp.full((24, 1), 0.25))
+    np.testing.assert_array_equal(np.flatnonzero(spikes), np.arange(period - 1, 24, period))
+
+
+def test_soft_reset_keeps_what_exceeds_the_threshold():
+    v, spikes = neurons.IF(v_reset=None, v_threshold=0.5).unroll(None, jnp.full((8, 1), 0.375))
+    assert spikes.sum() == 6 and v == 8 * 0.375 - 6 * 0.5
+
+
+def test_a_neuron_at_threshold_fires():
+    assert neurons.IF()(jnp.ones((1, 1))) == 1
+
+
+def test_tau_and_w_are_two_names_of_one_thing():
+    plif = neurons.PLIF(init_tau=5.0)
+    np.testing.assert_allclose(plif.w[...], -math.log(4.0), rtol=1e-6)
+    np.testing.assert_allclose(plif.tau, 5.0, rtol=1e-6)
+    plif.w[...] = jnp.asarray(-40.0)
+    assert plif.tau > 1
+
+
+# The fast gradient
+
+
+class Adaptive(neurons.Neuron):
+    """A neuron of a user's own: one learned gain per unit and a quadratic leak."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.gain = nnx.Param(jnp.linspace(0.5, 1.5, size))
+
+    def charge(self, v, x):
+        return v - 0.1 * v**2 + self.gain[...] * x
+
+
+def make_neurons(N=11):
+    for v_reset, detach, learnable in itertools.product(RESETS, (True, False), (True, False)):
+        settings = {"v_reset": v_reset, "detach_reset": detach}
+        name = f"v_reset={v_reset},detach={detach},learn_alpha={learnable}"
+
+        def fire(learnable=learnable):
+            return surrogate.ATan(1.7, learnable=learnable)
+
+        yield pytest.param(lambda s=settings, f=fire: neurons.IF(**s, surrogate=f()), id=f"IF,{name}")
+        yield pytest.param(lambda s=settings, f=fire: neurons.LIF(3.0, **s, surrogate=f()), id=f"LIF,{name}")
+        yield pytest.param(lambda s=settings, f=fire: neurons.PLIF(3.0, **s, surrogate=f()), id=f"PLIF,{name}")
+        yield pytest.param(lambda s=settings, f=fire: Adaptive(N, **s, surrogate=f()), id=f"own,{name}")
+
+
+def by_a_loop(neuron, v, x):
+    spikes = []
+    for x_t in x:
+        h = neuron.charge(v, x_t)
+        s = neuron.surrogate(h - neuron.v_threshold)
+        reset = jax.lax.stop_gradient(s) if neuron.detach_reset else s
+        v = h - neuron.v_threshold * reset if neuron.v_reset is None else (1 - reset) * h + neuron.v_reset * reset
+        spikes.append(s)
+    return v, jnp.stack(spikes)
+
+
+@pytest.mark.parametrize("make", list(make_neurons()))
+def test_three_ways_to_unroll_agree_in_value_and_every_gradient(make, x64):
+    graphdef, state = nnx.split(make())
+    x, v = currents(), jnp.asarray(cases.array(1, (11,), 0.5))
+    cotangents = jnp.asarray(cases.array(2, (11,))), jnp.asarray(cases.array(3, x.shape))
+
+    @jax.jit
+    def all_ways():
+        ways = (neurons.Neuron.unroll, neurons.Neuron.unroll_by_autodiff, by_a_loop)
+        answers = []
+        for way in ways:
+            value, vjp = jax.vjp(lambda state, v, x, way=way: way(nnx.merge(graphdef, state), v, x), state, v, x)
+            answers.append((value, vjp(cotangents)))
+        return answers
+
+    fast, autodiff, loop = all_ways()
+    assert fast[0][1].any() and (fast[1][1] != 0).all()  # spikes; d / dv
+    for other in (autodiff, loop):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, other)
+
+
+def test_the_fast_gradient_holds_past_the_longest_unrolled_stretch(x64, monkeypatch):
+    monkeypatch.setattr(neurons, "MAX_UNROLL", 2)
+    neuron, x = neurons.PLIF(surrogate=surrogate.ATan(learnable=True)), currents(N=3)
+    fast, autodiff = (
+        jax.jit(nnx.grad(lambda neuron, x, run=run: (run(neuron, None, x)[1] ** 2).sum(), argnums=(0, 1)))(neuron, x)
+        for run in (neurons.Neuron.unroll, neurons.Neuron.unroll_by_autodiff)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, autodiff)
+
+
+# The paper program's numbers
+
+
+@pytest.mark.parametrize("spec", json.loads(str(REFERENCE["spec"])), ids=lambda spec: f"case{spec['seed']}")
+def test_reference_case(spec, x64, rolled):
+    i, shape = spec["seed"], (spec["T"], spec["N"])
+    settings = {name: spec[name] for name in ("v_reset", "v_threshold", "detach_reset")}
+    settings["surrogate"] = surrogate.ATan(learnable=spec["learn_alpha"])
+    neuron = {"plif": neurons.PLIF, "lif": neurons.LIF}[spec["kind"]](spec["tau"], **settings)
+    x = jnp.asarray(cases.array(200 + i, shape, 1.5) + 0.6)
+
+    cotangent = jnp.asarray(cases.array(300 + i, shape))
+
+    @jax.jit
+    def run(neuron, x):
+        (v, spikes), vjp = jax.vjp(lambda neuron, x: neuron.unroll(None, x), neuron, x)
+        return v, spikes, *vjp((jnp.zeros_like(v), cotangent))
+
+    v, spikes, neuron_bar, x_bar = run(neuron, x)
+
+    np.testing.assert_array_equal(spikes, REFERENCE[f"{i}_spikes"])
+    np.testing.assert_allclose(v, REFERENCE[f"{i}_v"], rtol=1e-9)
+    np.testing.assert_allclose(x_bar, REFERENCE[f"{i}_gx"], rtol=1e-9, atol=1e-12)
+    if spec["gw"] is not None:
+        np.testing.assert_allclose(neuron_bar.w[...], spec["gw"], rtol=1e-9)
+    if spec["learn_alpha"]:
+        np.testing.assert_allclose(neuron_bar.surrogate.alpha[...], spec["galpha"], rtol=1e-9)
+
+
+# Time
+
+
+@pytest.mark.parametrize("kind", [neurons.IF, neurons.LIF, neurons.PLIF])
+def test_no_spike_depends_on_a_later_current(kind, x64):
+    T = 6
+    neuron = kind(detach_reset=False)
+    jacobian = jax.jacrev(lambda x: neuron(x[:, None])[:, 0])(currents(T, 1)[:, 0])
+    assert (jacobian[np.triu_indices(T, 1)] == 0).all()
+    assert (jacobian[np.tril_indices(T)] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", [neurons.IF, neurons.LIF, neurons.PLIF])
+def test_chunks_give_exactly_what_one_call_gives(kind, dtype):
+    neuron, x = kind(v_reset=0.1), currents(T=12, N=40).astype(dtype)
+    run = jax.jit(neuron.unroll)
+    v_whole, whole = run(None, x)
+    v, chunks = None, []
+    for chunk in jnp.split(x, [1, 2, 5, 11]):
+        v, spikes = run(v, chunk)
+        chunks.append(spikes)
+    np.testing.assert_array_equal(jnp.concatenate(chunks), whole)
+    np.testing.assert_array_equal(v, v_whole)
+
+
+def test_the_membrane_stays_float32_under_bfloat16():
+    """bfloat16 has 8 bits: in it, a membrane near 1 would not notice a current of 0.0015."""
+    x = jnp.full((9, 1), 0.0015, jnp.bfloat16)
+    v, spikes = neurons.IF().unroll(jnp.full(1, 0.99), x)
+    assert v.dtype == jnp.float32 and spikes.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.flatnonzero(spikes), [6])
+
+
+def test_no_timestep_leaves_the_membrane_alone():
+    v, spikes = neurons.LIF().unroll(jnp.full(3, 0.3), jnp.zeros((0, 3)))
+    assert (v == jnp.float32(0.3)).all() and spikes.shape == (0, 3)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan])
+def test_tau_of_one_or_less_is_refused(tau):
+    with pytest.raises(UserError, match=r"above 1 timestep"):
+        neurons.PLIF(tau)
+    with pytest.raises(UserError, match=r"above 1 timestep"):
+        neurons.LIF(tau)
+
+
+def test_a_membrane_of_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"\(4,\).*\[T, \.\.\.\] = \(5, 3\)"):
+        neurons.LIF().unroll(jnp.zeros(4), jnp.zeros((5, 3)))
