@@ -1,0 +1,65 @@
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from plif_jax.config import Config
+from plif_jax.data.batches import Samples
+from plif_jax.data.dataset import Split
+from plif_jax.networks import NMNISTNet
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import figures
+
+
+@pytest.fixture(scope="module")
+def net():
+    net = NMNISTNet(T=3, channels=4, number_layer=2, rngs=nnx.Rngs(0))
+    for layer in net.named_layers().values():
+        if hasattr(layer, "kernel"):
+            layer.kernel[...] *= 8
+    net.eval()
+    return net
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Stored frames [N, T, H, W, 2] of five samples."""
+    return np.random.default_rng(0).poisson(0.5, (5, 3, 34, 34, 2)).astype(np.uint8)
+
+
+def test_confusion_counts_every_sample_once(net, frames):
+    predictions = np.asarray(net(jnp.moveaxis(frames, 1, 0)).argmax(-1))
+    y = np.array([3, 1, 4, 1, 5], np.int32)
+    part = Samples(Split(frames, y, 5, 5), np.array([0, 1, 2, 4]))
+    counts = figures.confusion(Config(dataset_name="NMNIST", T=3), net, part, batch_size=3)
+    expected = np.zeros((10, 10), int)
+    np.add.at(expected, (y[part.index], predictions[part.index]), 1)
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_every_picture_is_written(net, frames, tmp_path, capsys):
+    x = jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0)
+    figures.draw_neurons(net, tmp_path)
+    figures.draw_layers(net, x, tmp_path)
+    figures.draw_input(Config(dataset_name="NMNIST", T=3), x, frames, tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {
+        *("neuron.png", "surrogate.png", "firing_rates.png", "raster.png", "spike_maps.png", "input.png", "input.gif")
+    }
+    assert {Path(line).name for line in capsys.readouterr().out.split()} == written
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as picture:
+            assert picture.width <= 1500 and np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("dataset_name", ["MNIST", "CIFAR10"])
+def test_an_image_is_drawn_as_it_is_stored(dataset_name, tmp_path):
+    config = Config(dataset_name=dataset_name)
+    stored = np.random.default_rng(0).integers(0, 256, (1, *config.facts.shape), np.uint8)
+    figures.draw_input(config, None, stored, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["input.png"]
