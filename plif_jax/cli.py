@@ -1,7 +1,11 @@
 """How the scripts end: a user's mistake in one line, an interrupted run with the status that says so."""
 
+import os
 import sys
+import traceback
 from pathlib import Path
+
+import jax
 
 from plif_jax.errors import UserError
 from plif_jax.training.signals import Interrupted
@@ -12,13 +16,21 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(_fail(error))
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        _leave(2)
     except Interrupted as interrupted:
         sys.exit(interrupted.code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
 
 
-def _fail(error):
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    return 2
+def _leave(code):
+    """Exits; one of several processes without a farewell, for which JAX would wait minutes while the others wait."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

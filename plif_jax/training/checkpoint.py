@@ -114,8 +114,9 @@ class Checkpoints:
     def __exit__(self, kind, error, trace):
         if error is None:
             self.wait()
-        with contextlib.suppress(Exception):  # what is already being raised says more
-            self._manager.close()
+        if error is None or jax.process_count() == 1:  # closing waits for the other processes, of which one may be gone
+            with contextlib.suppress(Exception):  # what is already being raised says more
+                self._manager.close()
         self._lock.close()
 
     def _guard(self, write):

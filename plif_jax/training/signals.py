@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class Interrupted(Exception):
     """The run stopped because it was asked to, after saving; `code` is the exit status that says so."""
@@ -20,9 +21,17 @@ class Stop:
     signum = None
 
     def _ask(self, signum, frame):
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
+        self.signum = self.signum or signum
+
+    def _watch(self, arrivals):
+        """Counts signals as they arrive: in a long compilation the interpreter would not get round to its handlers."""
+        asked = False
+        while arrived := os.read(arrivals, 1):
+            if arrived[0] in SIGNALS:
+                if asked:
+                    os._exit(128 + arrived[0])
+                asked = True
+        os.close(arrivals)
 
 
 @contextlib.contextmanager
@@ -32,9 +41,15 @@ def listening():
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {signum: signal.signal(signum, stop._ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    arrivals, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    threading.Thread(target=stop._watch, args=(arrivals,), daemon=True).start()
+    fd_before = signal.set_wakeup_fd(arriving)
+    before = {signum: signal.signal(signum, stop._ask) for signum in SIGNALS}
     try:
         yield stop
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(fd_before)
+        os.close(arriving)  # ends the watching
