@@ -1,0 +1,197 @@
+"""Layers that know about time, against the same things written out step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import cases
+
+from plif_jax import layers
+from plif_jax.errors import UserError
+
+
+def randn(seed, *shape):
+    return cases.array(seed, shape)
+
+
+# Batch normalisation
+
+
+def batch_norm_step_by_step(x_TBHWC, scale, bias, mean, var, momentum=0.1, eps=1e-5):
+    """PyTorch's BatchNorm2d in training mode, called once per timestep, in NumPy."""
+    out = []
+    for x in x_TBHWC:
+        axes = tuple(range(x.ndim - 1))
+        batch_mean, batch_var = x.mean(axes), x.var(axes)
+        out.append((x - batch_mean) / np.sqrt(batch_var + eps) * scale + bias)
+        mean = (1 - momentum) * mean + momentum * batch_mean
+        var = (1 - momentum) * var + momentum * x.var(axes, ddof=1)
+    return np.stack(out), mean, var
+
+
+def batch_norm(C=3, **settings):
+    norm = layers.BatchNorm(C, **settings)
+    norm.scale[...], norm.bias[...] = jnp.asarray(1.5 + 0.2 * randn(1, C)), jnp.asarray(randn(2, C))
+    norm.mean[...], norm.var[...] = jnp.asarray(randn(3, C)), jnp.asarray(0.5 + randn(4, C) ** 2)
+    return norm
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5, 3), (6, 2, 4, 5, 3), (4, 7, 3)])
+@pytest.mark.parametrize("momentum", [0.1, 0.4])
+def test_batch_norm_is_one_call_per_timestep(shape, momentum, x64):
+    norm, x = batch_norm(momentum=momentum), 2 * randn(5, *shape) + 1
+    parts = [np.asarray(part[...]) for part in (norm.scale, norm.bias, norm.mean, norm.var)]
+    y, mean, var = batch_norm_step_by_step(x, *parts, momentum=momentum)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), y, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-12)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-12)
+
+
+def test_batch_norm_gradient_goes_through_the_statistics(x64):
+    """Against central differences of the step-by-step form, for x, scale and bias."""
+    norm = batch_norm()
+    parts = [np.asarray(part[...]) for part in (norm.scale, norm.bias, norm.mean, norm.var)]
+    x, cotangent = randn(5, 2, 2, 2, 2, 3), randn(6, 2, 2, 2, 2, 3)
+
+    def total(x, scale, bias):
+        return np.sum(cotangent * batch_norm_step_by_step(x, scale, bias, *parts[2:])[0])
+
+    def differences(index, arguments, step=1e-6):
+        gradient = np.zeros_like(arguments[index])
+        for i in np.ndindex(gradient.shape):
+            values = []
+            for sign in (1, -1):
+                moved = [np.array(a) for a in arguments]
+                moved[index][i] += sign * step
+                values.append(total(*moved))
+            gradient[i] = (values[0] - values[1]) / (2 * step)
+        return gradient
+
+    norm_bar, x_bar = nnx.grad(lambda norm, x: jnp.sum(cotangent * norm(x)), argnums=(0, 1))(norm, jnp.asarray(x))
+    for index, gradient in enumerate((x_bar, norm_bar.scale[...], norm_bar.bias[...])):
+        np.testing.assert_allclose(gradient, differences(index, (x, *parts[:2])), atol=1e-7)
+
+
+def test_batch_norm_evaluates_with_its_running_statistics(x64):
+    norm, x = batch_norm(), randn(5, 3, 2, 2, 2, 3)
+    norm.eval()
+    scale, bias, mean, var = (np.asarray(part[...]) for part in (norm.scale, norm.bias, norm.mean, norm.var))
+    np.testing.assert_allclose(norm(jnp.asarray(x)), (x - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-12)
+    np.testing.assert_array_equal(norm.mean[...], mean)
+    np.testing.assert_array_equal(norm.var[...], var)
+
+
+def test_batch_norm_over_two_devices_is_that_of_the_whole_batch(x64):
+    x = jnp.asarray(randn(5, 3, 4, 2, 2, 3))
+    whole = batch_norm()
+    y = whole(x)
+    graphdef, state = nnx.split(batch_norm(axis_name="batch"))
+
+    def one_device(x):
+        norm = nnx.merge(graphdef, state, copy=True)
+        return norm(x), norm.mean[...], norm.var[...]
+
+    spread = jax.pmap(one_device, axis_name="batch", in_axes=1, out_axes=(1, None, None))
+    halves, mean, var = spread(x.reshape(3, 2, 2, 2, 2, 3))
+    np.testing.assert_allclose(halves.reshape(y.shape), y, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(mean, whole.mean[...], rtol=1e-12)
+    np.testing.assert_allclose(var, whole.var[...], rtol=1e-12)
+
+
+def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16():
+    """A mean of 100 and a deviation of 0.1: in bfloat16 every value would be the same."""
+    x = 100 + 0.1 * randn(5, 2, 64, 3)
+    norm = layers.BatchNorm(3, dtype=jnp.bfloat16)
+    y = norm(jnp.asarray(x, jnp.float32))
+    assert y.dtype == jnp.bfloat16 and norm.mean[...].dtype == jnp.float32
+    np.testing.assert_allclose(y.astype(jnp.float32).std(1), 1, atol=0.02)
+
+
+# Dropout
+
+
+def test_a_dropout_mask_is_held_over_time_and_scales_what_it_keeps():
+    y = layers.Dropout(0.25)(jnp.ones((5, 4, 2000)), jax.random.key(0))
+    assert (y == y[0]).all()
+    assert set(np.unique(y).tolist()) == {0.0, float(np.float32(1 / 0.75))}
+    np.testing.assert_allclose((y[0] > 0).mean(), 0.75, atol=0.02)
+    assert not (y[0, 0] == y[0, 1]).all()
+
+
+def test_dropout_masks_follow_the_sample_not_its_place_in_the_batch():
+    drop, x, keys = layers.Dropout(0.5), jnp.ones((2, 6, 50)), jax.random.split(jax.random.key(1), 6)
+    whole = drop(x, keys)
+    np.testing.assert_array_equal(drop(x[:, 3:], keys[3:]), whole[:, 3:])
+    np.testing.assert_array_equal(drop(x, keys[::-1]), whole[:, ::-1])
+
+
+def test_dropout_is_the_identity_in_evaluation_mode_and_at_rate_zero():
+    x = jnp.arange(12.0).reshape(2, 3, 2)
+    drop = layers.Dropout(0.5)
+    drop.eval()
+    assert drop(x) is x
+    assert layers.Dropout(0.0)(x) is x
+
+
+def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
+    x = jnp.ones((2, 3, 40))
+    np.testing.assert_array_equal(
+        layers.Dropout(0.5)(x, nnx.Rngs(dropout=3)), layers.Dropout(0.5)(x, nnx.Rngs(dropout=3))
+    )
+    with pytest.raises(UserError, match=r"needs a key.*rngs=jax\.random\.key\(0\)"):
+        layers.Dropout(0.5)(x)
+
+
+# Pooling and votes
+
+
+def pool_by_loops(x_NHWC, g_NHWC):
+    """Max pooling and its gradient as in PyTorch: of equal values in a window, the first in row-major order wins."""
+    y, x_bar = np.zeros_like(g_NHWC), np.zeros_like(x_NHWC)
+    for n, h, w, c in np.ndindex(y.shape):
+        window = x_NHWC[n, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2, c]
+        i, j = divmod(int(window.argmax()), 2)  # argmax gives the first
+        y[n, h, w, c] = window[i, j]
+        x_bar[n, 2 * h + i, 2 * w + j, c] += g_NHWC[n, h, w, c]
+    return y, x_bar
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (2, 3), (17, 2)])
+@pytest.mark.parametrize("spikes", [True, False])
+def test_max_pool_sends_the_gradient_to_the_first_maximum(size, spikes):
+    x = randn(1, 3, *size, 2)
+    x = ((x > 0.3) if spikes else x).astype(np.float32)
+    g = randn(2, 3, size[0] // 2, size[1] // 2, 2).astype(np.float32)
+    y, vjp = jax.vjp(layers.max_pool, jnp.asarray(x))
+    expected, x_bar = pool_by_loops(x, g)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(vjp(jnp.asarray(g))[0], x_bar)
+
+
+def test_max_pool_of_a_sequence_pools_every_frame():
+    x = jnp.asarray(randn(1, 2, 3, 4, 6, 5))
+    np.testing.assert_array_equal(layers.max_pool(x)[1, 2], layers.max_pool(x[1, 2]))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_avg_pool_is_the_mean_of_each_window(size, x64):
+    x = randn(1, 3, *size, 2)
+    H, W = size[0] // 2, size[1] // 2
+    expected = x[:, : 2 * H, : 2 * W].reshape(3, H, 2, W, 2, 2).mean((2, 4))
+    np.testing.assert_allclose(layers.avg_pool(jnp.asarray(x)), expected, rtol=1e-14, atol=1e-15)
+
+
+def test_votes_average_adjacent_output_neurons():
+    spikes = jnp.zeros((2, 1, 6)).at[0, 0, jnp.asarray([0, 3, 4, 5])].set(1)
+    np.testing.assert_allclose(layers.vote(spikes, 2), [[[1 / 3, 1]], [[0, 0]]], rtol=1e-6)
+    assert layers.vote(spikes.astype(jnp.bfloat16), 2).dtype == jnp.float32
+
+
+def test_initial_weights_are_pytorchs_default():
+    """U(-b, b) with b = 1 / sqrt(fan_in): the bound is kept and nearly reached, the deviation is b / sqrt(3)."""
+    for shape, fan_in in [((3, 3, 8, 64), 72), ((300, 50), 300)]:
+        w = layers.torch_default_init(jax.random.key(0), shape)
+        bound = fan_in**-0.5
+        assert 0.99 * bound < np.abs(w).max() <= bound
+        np.testing.assert_allclose(w.std(), bound / 3**0.5, rtol=0.03)
