@@ -1,0 +1,44 @@
+import json
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+    """The code cells of a notebook, as (number, cell)."""
+    cells = json.loads(path.read_text())["cells"]
+    return [(number, cell) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for all notebooks: the digits are recorded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_there_are_five():
+    assert [path.stem[0] for path in NOTEBOOKS] == list("12345")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLIF_JAX_CACHE", str(cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    matplotlib.use("Agg")
+    names = {"__name__": path.stem}
+    for number, cell in code_cells(path):
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_with_its_outputs(path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for _, cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for _, cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
