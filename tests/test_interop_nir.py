@@ -163,6 +163,15 @@ def test_a_second_export_is_the_first():
                 np.testing.assert_allclose(b.to_dict()[field], value, rtol=1e-15)
 
 
+def test_a_learned_time_constant_comes_back_to_the_last_bit():
+    rest, unit = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    for seed in range(3):
+        net = trained(seed=seed)
+        back = nir_interop.from_nir(nir_interop.to_nir(net)).named_neurons()
+        for name, neuron in fold(net).named_neurons().items():
+            assert neuron.charge(rest, unit) == back[name].charge(rest, unit)  # k, as the membrane sees it
+
+
 def test_exporting_leaves_the_network_as_it_is():
     net = trained()
     net.train()
