@@ -110,6 +110,12 @@ def test_folding_keeps_the_currents():
     )
 
 
+def test_layers_of_ones_own_are_folded_in_evaluation_mode():
+    net = trained(True)
+    net.fc[1] = nnx.Dropout(0.5)
+    assert fold(net).fc[1].deterministic and not net.fc[1].deterministic
+
+
 def test_folding_needs_weights_before_the_batch_norm():
     net = trained(True)
     net.static_conv = nnx.List([net.static_conv[1]])

@@ -7,8 +7,8 @@ and then, wherever JAX is (and flatbuffers, which `pip install "plif_jax[export]
     import jax
     rates = jax.export.deserialize(open("mnist.jax", "rb").read()).call(x)
 
-The file holds StableHLO, which JAX keeps readable for at least six months of releases, and the weights. The same file
-runs on CPU, GPU and TPU.
+The file holds the weights and StableHLO, lowered for CPU, CUDA and TPU alike, which JAX keeps readable for at least six
+months of releases.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from plif_jax.networks import Flatten, Pool, SpikingNet
 
 
 def from_nir(graph, *, dt=None, T=None):
-    """The `SpikingNet`, in evaluation mode, of a `nir.NIRGraph` that is a chain of layers.
+    """The `SpikingNet` of a `nir.NIRGraph` that is a chain of layers; with no batch norm and no dropout.
 
     Layers before the first neuron become the static part, so the network takes still images and frames alike; a
     vector enters as an image of one pixel. LIF becomes LIF, IF becomes IF; an input gain r goes into the weights
@@ -62,9 +62,7 @@ def from_nir(graph, *, dt=None, T=None):
         shape = layers[-1][1]
     if len(shape) != 1:
         raise UserError(f"the graph's output has shape {channels_first(shape)}; it must be a vector of classes")
-    net = SpikingNet(_table(layers), input_shape, classes or shape[0], T=T, use_plif=False, rngs=None)
-    net.eval()
-    return net
+    return SpikingNet(_table(layers), input_shape, classes or shape[0], T=T, use_plif=False, rngs=None)
 
 
 def _from_metadata(graph, name, given):
