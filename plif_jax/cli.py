@@ -1,5 +1,6 @@
 """How the scripts end: a user's mistake in one line, an interrupted run with the status that says so."""
 
+import logging
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ from plif_jax.training.signals import Interrupted
 
 def run(main):
     """Calls `main(argv)` and exits: 0, 2 after a `UserError` (one line, no traceback), 143 or 130 when interrupted."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -6,10 +6,13 @@ writes the event file anew, so that a curve has neither doubled nor missing poin
 
 import json
 import os
+import socket
+import struct
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from plif_jax.errors import UserError
 
@@ -50,37 +53,54 @@ class Logs:
         self.path = run_dir / FILE
         kept = _read_valid(self.path)[:points]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(point) + "\n" for point in kept))
+        temporary.write_bytes(b"".join(map(_line, kept)))
         os.replace(temporary, self.path)
         self.points = len(kept)
-        self._file = self.path.open("a")
-        outdated = list(run_dir.glob("events.out.tfevents.*"))
-        self._writer = SummaryWriter(str(run_dir), flush_secs=10)
-        for point in kept:
-            self._writer.add_scalar(point["tag"], point["value"], point["step"], point["time"])
-        self._writer.flush()
-        for old in outdated:
-            old.unlink()
+        for outdated in run_dir.glob("events.out.tfevents.*"):
+            outdated.unlink()
+        self._events = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        begin = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._events.write_bytes(_framed(begin) + b"".join(map(_scalar, kept)))
 
     def add(self, tag: str, value: float, step: int):
         """Records one scalar at a step, or at an epoch as the tag has it."""
         point = {"tag": tag, "step": step, "value": float(value), "time": time.time()}
-        self._file.write(json.dumps(point) + "\n")
-        self._writer.add_scalar(tag, point["value"], step, point["time"])
+        # Opened for every point: a full disk shows here, not in a buffer or a thread of which nobody hears.
+        for path, encoded in ((self.path, _line(point)), (self._events, _scalar(point))):
+            with path.open("ab") as file:
+                file.write(encoded)
         self.points += 1
 
     def sync(self) -> int:
         """Brings all scalars to the disk and returns how many there are."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._writer.flush()
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
         return self.points
 
-    def close(self):
-        """Syncs and closes the files."""
-        self.sync()
-        self._file.close()
-        self._writer.close()
+
+def _line(point):
+    """A scalar as a line of JSON."""
+    return json.dumps(point).encode() + b"\n"
+
+
+def _scalar(point):
+    """A scalar as an entry of TensorBoard's event file."""
+    value = summary_pb2.Summary.Value(tag=point["tag"], simple_value=point["value"])
+    summary = summary_pb2.Summary(value=[value])
+    return _framed(event_pb2.Event(wall_time=point["time"], step=point["step"], summary=summary))
+
+
+def _framed(event):
+    """An event between its length and its checksums, as TensorFlow's record files have it."""
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return length + _checksum(length) + content + _checksum(content)
+
+
+def _checksum(content):
+    """CRC-32C, rotated and shifted: TensorFlow masks it, for a record may hold checksums itself."""
+    crc = crc32c(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _read_valid(path):

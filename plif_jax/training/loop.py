@@ -40,16 +40,21 @@ def train(config, say=print) -> dict:
     dataset = data.load(config, progress=main)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
-    with distributed.watching_peers(), signals.listening() as stop:
-        with Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
+    try:
+        with Checkpoints(config.checkpoint_dir, config, say) as checkpoints, signals.listening() as stop:
             return Run(config, dataset, chosen, checkpoints, stop, say).finish()
+    except OSError as error:  # of logs and pictures; checkpoints say more themselves
+        raise UserError(
+            f"{error.filename or config.run_dir} cannot be written: {error.strerror}. "
+            "Mend that and start again: the run continues from its last checkpoint"
+        ) from None
 
 
 class Run:
     """A run in progress: the state on the devices, and how far it has come.
 
-    `progress` is what a checkpoint keeps beside the state: the epochs done, how many scalars were logged, seconds
-    spent, and the figures of the best and the last epoch.
+    `progress` is what a checkpoint keeps beside the state: the epochs done, summed loss and accuracy of the steps of
+    the epoch begun, how many scalars were logged, seconds spent, and the figures of the best and the last epoch.
     """
 
     def __init__(self, config, dataset, chosen, checkpoints, stop, say):
@@ -66,12 +71,14 @@ class Run:
         self.evaluate_batches = {
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
-        self.progress = {"epoch": 0, "points": 0, "seconds": 0.0, "samples_per_second": 0.0, "best": None, "last": None}
+        self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": 0, "best": None, "last": None}
+        self.progress |= {"seconds": 0.0, "samples_per_second": 0.0}
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
         restored = checkpoints.restore(self.state)
         if restored is not None:
-            self.state, self.progress = restored
+            self.state, progress = restored
+            self.progress |= progress
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"])
@@ -89,7 +96,6 @@ class Run:
             self.conclude(epoch, figures)
         result = report.result(self)
         if self.main:
-            self.logs.close()
             report.conclude(self.config, result, self.say)
         return result
 
@@ -97,9 +103,9 @@ class Run:
         """Takes the epoch's steps that are left and returns its mean loss and accuracy."""
         index_SB = batches.training_batches(self.config.seed, epoch, self.parts["train"], self.config.batch_size)
         first = epoch * self.steps_per_epoch
-        done = int(self.state.step) - first
+        done = already = int(self.state.step) - first
         sizes = self._call_sizes(done)
-        sums, count, pending = np.zeros(2), 0, None
+        sums, count, pending = np.array(self.progress["sums"]), done, None
         bar = tqdm(
             total=len(index_SB),
             initial=done,
@@ -128,10 +134,12 @@ class Run:
             if pending is not None:
                 sums += self._account(*pending, index_SB)
                 count += pending[1]
-            self.progress["samples_per_second"] = count * self.config.batch_size / (time.monotonic() - began)
+            taken = (count - already) * self.config.batch_size
+            self.progress |= {"sums": sums.tolist(), "samples_per_second": taken / (time.monotonic() - began)}
         if self.asked:
             self._save_and_stop(self.asked)
-        return {"loss": sums[0] / max(count, 1), "train_accuracy": sums[1] / max(count, 1)}
+        loss, accuracy = sums / max(count, 1)
+        return {"loss": loss, "train_accuracy": accuracy}
 
     def _call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
@@ -193,7 +201,7 @@ class Run:
             learned = [neuron for neuron in self._neurons().values() if isinstance(neuron, PLIF)]
             for i, neuron in enumerate(learned):
                 self.logs.add(f"w{i}", float(neuron.w[...]), last_step)
-        progress["epoch"] = epoch + 1
+        progress |= {"epoch": epoch + 1, "sums": [0.0, 0.0]}
         self._save(score)
         if self.main:
             report.write(self.config, report.result(self))

@@ -7,6 +7,7 @@ import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+
 class Interrupted(Exception):
     """The run stopped because it was asked to, after saving; `code` is the exit status that says so."""
 

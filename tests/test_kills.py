@@ -1,0 +1,157 @@
+"""A run that is killed at any moment and started again is the run that never was; and how it ends when asked."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from programs import SETTINGS, assert_same_result, saved, started, wait_for
+
+from plif_jax.config import Config
+from plif_jax.errors import UserError
+from plif_jax.training import loop
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Prepared frames and compiled programs, which the tests share; logs as well where they do not matter."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def whole(shared, tmp_path_factory):
+    """A run that nothing interrupts, and what it took: (config, seconds)."""
+    settings = SETTINGS | {"cache_dir": str(shared / "cache"), "log_dir_prefix": str(shared / "logs"), "max_epoch": 8}
+    config = Config(**settings, device="cpu:0")
+    with started(config, folder=shared) as program:
+        assert program.end() == 0, program.said()
+    return config
+
+
+def survive(config, folder, kills, chance):
+    """Starts the run again and again and kills it, at moments drawn by `chance`; returns what it was doing each time.
+
+    A third of the moments lie in the time before the first step: preparing data, compiling, reading a checkpoint.
+    """
+    doing = []
+    while True:
+        with started(config, folder=folder) as program:
+            begun, steps = program.said(), len(saved(config))
+            if len(doing) == kills:
+                assert program.end() == 0, program.said()
+                return doing
+            if chance.random() < 1 / 3:
+                time.sleep(chance.uniform(0, 5))
+            else:
+                wait_for(partial(_is_training_or_done, program, len(begun)))
+                time.sleep(chance.uniform(0, 1))
+            ended = program.process.poll()
+            assert ended in (None, 0), program.said()
+            program.kill()
+            program.process.wait()
+            doing.append(_moment(config, program.said()[len(begun) :], steps, ended))
+
+
+def _is_training_or_done(program, begun):
+    return "epoch" in program.said()[begun:] or program.process.poll() is not None
+
+
+def _moment(config, said, steps, ended):
+    """What a program was doing when it was killed, as far as its folder tells."""
+    if ended == 0:
+        return "finished"
+    if any(config.checkpoint_dir.glob("*tmp*")):
+        return "writing a checkpoint"
+    if "epoch" not in said:
+        return "starting" if "Digits train" in said else "importing or preparing data"
+    return "training or evaluating"
+
+
+def test_killed_three_times(whole, tmp_path):
+    """The cache is empty too, so that the first kill may come in the preparation of the data."""
+    settings = {"log_dir_prefix": str(tmp_path / "logs"), "cache_dir": str(tmp_path / "cache")}
+    config = Config(**vars(whole) | settings)
+    survive(config, Path(whole.cache_dir).parent, 3, random.Random(3))
+    assert_same_result(config, whole)
+
+
+@pytest.mark.faults
+def test_killed_many_times(whole, tmp_path, capsys):
+    runs, doing, chance = 0, [], random.Random(7)
+    while len(doing) < 36:
+        settings = {"log_dir_prefix": str(tmp_path / f"logs{runs}"), "cache_dir": str(tmp_path / f"cache{runs}")}
+        config = Config(**vars(whole) | settings)
+        doing += survive(config, Path(whole.cache_dir).parent, 6, chance)
+        assert_same_result(config, whole)
+        runs += 1
+    with capsys.disabled():
+        tally = {moment: doing.count(moment) for moment in sorted(set(doing))}
+        print(f"\n{len(doing)} kills in {runs} runs, each the same to the bit: {tally}")
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_answered_by_saving_and_its_exit_status(whole, tmp_path, signum, code):
+    config = Config(**vars(whole) | {"log_dir_prefix": str(tmp_path), "max_epoch": 10_000})
+    with started(config, folder=Path(whole.cache_dir).parent) as program:
+        wait_for(lambda: 5 in saved(config))
+        program.process.send_signal(signum)
+        assert program.end() == code
+    assert f"stopped by {signum.name} at step {max(saved(config))}; saved: the same command continues" in program.said()
+
+
+def test_a_second_signal_ends_a_busy_program_at_once(tmp_path):
+    """Busy as in a long compilation: in one call, from which the interpreter does not return to its handlers."""
+    script = """
+import hashlib
+from plif_jax.training import signals
+with signals.listening():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    with subprocess.Popen(
+        [os.sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    ) as program:
+        try:
+            program.stdout.readline()
+            for _ in range(2):
+                program.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            assert program.wait(20) == 130
+        finally:
+            program.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 32 MB."""
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", tmp_path], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk):
+    config, ballast = Config(**vars(whole) | {"log_dir_prefix": str(small_disk)}), small_disk / "ballast"
+
+    def say(line):
+        if line.startswith("epoch    3"):
+            with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(UserError, match=r"No space left on device") as refused:
+        loop.train(config, say=say)
+    assert "\n" not in str(refused.value)
+    assert max(saved(config)) >= 10
+    ballast.unlink()
+    said = []
+    loop.train(config, say=said.append)
+    assert any(line.startswith("continuing after epoch") for line in said)
+    assert_same_result(config, whole)

@@ -1,0 +1,139 @@
+"""Several processes as one run: two programs of two virtual devices each, against one of four."""
+
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from programs import SETTINGS, as_processes, assert_same_result, result, saved, started, wait_for
+
+from plif_jax.config import Config
+from plif_jax.training import loop
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Prepared frames and compiled programs, which the tests share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def settings(shared):
+    return SETTINGS | {"cache_dir": str(shared / "cache"), "max_epoch": 2}
+
+
+def run_together(config, folder):
+    """One run of two processes, to its end."""
+    with started(*as_processes(config), folder=folder, devices=2) as programs:
+        codes = [program.end() for program in programs]
+    assert codes == [0, 0], programs[0].said() + programs[1].said()
+    return programs
+
+
+def assert_close(config, reference, tolerance):
+    (arrays, curves, events), (expected, expected_curves, expected_events) = result(config), result(reference)
+    for name, array in expected.items():
+        # w is float32, as in the paper's program: its last bit may differ.
+        bound = tolerance if array.dtype == np.float64 else 2e-6
+        np.testing.assert_allclose(arrays[name], array, rtol=bound, atol=bound, err_msg=name)
+    for mine, theirs in ((curves, expected_curves), (events, expected_events)):
+        assert mine.keys() == theirs.keys()
+        for tag in theirs:
+            np.testing.assert_allclose(mine[tag], theirs[tag], rtol=1e-5, err_msg=tag)
+
+
+def test_two_processes_are_one_run_and_one_process_continues_it(settings, shared, tmp_path):
+    """In float64, where only the order of sums differs: the same, across saving and restoring on other processes."""
+    settings |= {"precision": "float64"}
+    config = Config(**settings | {"log_dir_prefix": str(tmp_path / "two"), "max_epoch": 1})
+    silent = run_together(config, shared)[1]
+    assert "epoch" not in silent.said() and "Digits train" not in silent.said()  # process 0 alone speaks
+    assert len(list(config.run_dir.glob("events.out.tfevents.*"))) == 1
+    assert saved(config) == [5]
+
+    whole, continued = (Config(**settings | {"log_dir_prefix": str(tmp_path / name)}) for name in ("one", "two"))
+    with jax.enable_x64(True):
+        loop.train(whole, say=lambda line: None)  # on four devices
+        said = []
+        loop.train(continued, say=said.append)
+        assert "continuing after epoch 1, step 5" in said
+        assert_close(continued, whole, 1e-10)
+
+
+@pytest.mark.faults
+def test_two_processes_continue_what_one_began(settings, shared, tmp_path):
+    one, two = (Config(**settings | {"log_dir_prefix": str(tmp_path / name)}) for name in ("one", "two"))
+    for epochs in (1, 2):
+        loop.train(Config(**vars(one) | {"max_epoch": epochs}), say=lambda line: None)
+    loop.train(Config(**vars(two) | {"max_epoch": 1, "device": "cpu:0"}), say=lambda line: None)
+    run_together(two, shared)
+    assert_close(two, one, 1e-5)
+    for (name, array), other in zip(result(one)[0].items(), result(two)[0].values(), strict=True):
+        np.testing.assert_allclose(other, array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def together(shared, tmp_path_factory):
+    """An uninterrupted run of two processes."""
+    logs = str(tmp_path_factory.mktemp("together"))
+    config = Config(**SETTINGS | {"cache_dir": str(shared / "cache"), "log_dir_prefix": logs, "max_epoch": 12})
+    run_together(config, shared)
+    return config
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_peer_ends_the_other_and_the_run_continues(together, shared, tmp_path, victim):
+    config = Config(**vars(together) | {"log_dir_prefix": str(tmp_path)})
+    endless = Config(**vars(config) | {"max_epoch": 10_000})
+    with started(*as_processes(endless), folder=tmp_path, devices=2) as programs:
+        wait_for(lambda: 10 in saved(config))
+        programs[victim].kill()
+        died = time.monotonic()
+        survivor = programs[1 - victim]
+        assert survivor.end(within=60) != 0
+        print(f"process {1 - victim} ended {time.monotonic() - died:.0f} s after process {victim} was killed")
+    assert re.search("another task died|failed|Connection", survivor.said()), survivor.said()
+    assert max(saved(config)) < 60
+    run_together(config, shared)
+    assert_same_result(config, together)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_stops_both(together, shared, tmp_path, asked):
+    config = Config(**vars(together) | {"log_dir_prefix": str(tmp_path)})
+    endless = Config(**vars(config) | {"max_epoch": 10_000})
+    with started(*as_processes(endless), folder=shared, devices=2) as programs:
+        wait_for(lambda: 5 in saved(config))
+        programs[asked].process.send_signal(signal.SIGTERM)
+        assert [program.end() for program in programs] == [143, 143]
+    assert "stopped by SIGTERM at step" in programs[0].said()
+    assert max(saved(config)) < 60
+    run_together(config, shared)
+    assert_same_result(config, together)
+
+
+@pytest.mark.faults
+def test_a_damaged_checkpoint_is_passed_over_by_both(together, shared, tmp_path):
+    config = Config(**vars(together) | {"log_dir_prefix": str(tmp_path)})
+    run_together(Config(**vars(config) | {"max_epoch": 3}), shared)
+    for path in (config.checkpoint_dir / "15" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 2] ^= 16
+            path.write_bytes(raw)
+    said = run_together(config, shared)[0].said()
+    assert "checkpoint of step 15 is damaged" in said and "continuing after epoch 2, step 10" in said
+    assert_same_result(config, together)
+
+
+@pytest.mark.faults
+def test_a_mistake_ends_both_at_once(settings, shared, tmp_path):
+    config = Config(**settings | {"log_dir_prefix": str(tmp_path), "batch_size": 6})
+    with started(*as_processes(config), folder=tmp_path, devices=2) as programs:
+        assert [program.end() for program in programs] == [2, 2]
+    for program in programs:
+        assert "-batch_size 6 does not divide among 4 devices; give 4 or 8" in program.said()
