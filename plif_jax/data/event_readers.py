@@ -102,7 +102,13 @@ def _aedat3(data):
 
 def _aedat4(path):
     """Read CIFAR10-DVS as tonic has it: converted with DV, which counts y from the other side than AEDAT 2.0."""
-    raw = io.read_aedat4(str(path))
+    try:
+        raw = io.read_aedat4(str(path))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        # The package aedat is written in Rust, whose panics are no Exceptions.
+        raise UserError(f"the file is damaged ({str(error).splitlines()[0]})") from None
     t, x, y, p = (raw[name].astype(np.int64) for name in raw.dtype.names)  # the package names the last p or on
     return _events(t, x, 127 - y, p)
 

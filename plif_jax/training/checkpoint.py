@@ -7,6 +7,7 @@ every array. Kept are the last two, the best, and one every four hours. Nothing 
 import contextlib
 import dataclasses
 import fcntl
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -56,6 +57,11 @@ def _digest(arrays):
     return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
 
 
+def _seal(record):
+    """Checksum of a record itself: of its text, which JSON gives back to the digit."""
+    return zlib.crc32(json.dumps({**record, "seal": None}, sort_keys=True).encode())
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -93,6 +99,7 @@ class Checkpoints:
             "score": score,
             "crc32": _digest(arrays),
         }
+        record["seal"] = _seal(record)
         step = int(arrays["step"])
         # NumPy arrays: across processes a pmap's results are arrays of each process alone, which Orbax does not take.
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
@@ -177,12 +184,10 @@ def _read_record(folder):
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
             record = checkpointer.restore(folder / "record")
-            if not {"config", "progress", "score", "crc32"} <= record.keys():
-                raise _Damaged("its record is incomplete")
-        except _Damaged:
-            raise
         except Exception as error:  # whatever a reader makes of damaged bytes
             raise _Damaged(f"its record: {_first_line(error)}") from None
+    if not isinstance(record, dict) or record.get("seal") != _seal(record):
+        raise _Damaged("checksum of its record")
     return record
 
 

@@ -1,0 +1,342 @@
+"""Damaged bytes from outside: each reader refuses them with its documented error, or reads what was written.
+
+Files are random, cut short, have bits flipped, or bytes overwritten with the extremes that headers claim. Each reading
+is bounded in time and memory. The short form tries some inputs of each kind, `make test-faults` thousands.
+"""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+import time
+import tracemalloc
+import zipfile
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from event_files import random_events, write_aedat2, write_aedat3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from plif_jax import config as configs
+from plif_jax.config import Config
+from plif_jax.data import digits, event_readers, image_files
+from plif_jax.errors import UserError
+from plif_jax.interop import torch_files
+from plif_jax.training import checkpoint, logs
+
+MEMORY = 100 << 20  # bytes that reading a file of a few thousand may take; libraries bring buffers of their own
+SECONDS = 10  # of processor time
+SHORT, LONG = 25, 2000
+EXTREMES = [b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0" * 8, b"\xff" * 8]
+both_forms = pytest.mark.parametrize("examples", [SHORT, pytest.param(LONG, marks=pytest.mark.faults)])
+
+
+@st.composite
+def damaged(draw, valid: bytes):
+    """A file that is not what it was."""
+    kind = draw(st.sampled_from(["random", "truncated", "flipped", "overwritten"]))
+    if kind == "random":
+        return draw(st.binary(max_size=300))
+    raw = bytearray(valid)
+    # Most of what a reader believes is at the beginning or the end.
+    where = (
+        st.integers(0, len(raw) - 1)
+        | st.integers(0, min(64, len(raw) - 1))
+        | st.integers(max(0, len(raw) - 64), len(raw) - 1)
+    )
+    if kind == "truncated":
+        return bytes(raw[: draw(where)])
+    for at in draw(st.lists(where, min_size=1, max_size=4)):
+        if kind == "flipped":
+            raw[at] ^= 1 << draw(st.integers(0, 7))
+        else:
+            extreme = draw(st.sampled_from(EXTREMES))
+            raw[at : at + len(extreme)] = extreme
+    return bytes(raw)
+
+
+def refused_or_read(read, allowed=UserError):
+    """What `read` gives; None where it refuses as it should. Takes little time and memory."""
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        return read()
+    except allowed as error:
+        assert str(error)
+        return None
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert time.process_time() - began < SECONDS
+        assert peak < MEMORY
+
+
+def try_all(strategy, check, examples):
+    """Runs `check` on drawn inputs; the short form draws the same ones every time."""
+    run = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=examples == SHORT,
+        suppress_health_check=list(HealthCheck),
+    )(given(strategy)(check))
+    run()
+
+
+def five_bytes(path):
+    digits.write_recording(path, random_events(0, 50, 34, 34))
+
+
+def npy(path):
+    np.save(path, np.arange(400).reshape(100, 4))
+
+
+def mat(path):
+    from scipy.io import savemat
+
+    savemat(path, {name: np.arange(50)[:, None] for name in ("ts", "x", "y", "pol")})
+
+
+def aedat4(path):
+    path.write_bytes(b"#!AER-DAT4.0\r\n" + struct.pack("<I", 60) + bytes(range(200)))
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("1.bin", five_bytes),
+        ("1.bs2", five_bytes),
+        ("two.aedat", partial(write_aedat2, events=random_events(1, 50, 128, 128))),
+        ("three.aedat", partial(write_aedat3, events=random_events(2, 50, 128, 128), packet=20)),
+        ("4.aedat4", aedat4),
+        ("5.npy", npy),
+        ("6.mat", mat),
+    ],
+)
+@both_forms
+def test_recordings(tmp_path, name, write, examples):
+    path = tmp_path / name
+    write(path)
+
+    def check(content):
+        path.write_bytes(content)
+        events = refused_or_read(lambda: event_readers.read(path))
+        assert events is None or events.dtype == event_readers.EVENTS
+
+    try_all(damaged(path.read_bytes()), check, examples)
+
+
+def idx(array):
+    return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@both_forms
+def test_idx_files(tmp_path, zipped, examples):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    files = {"train-images-idx3-ubyte": images, "train-labels-idx1-ubyte": labels}
+    pack = partial(gzip.compress, mtime=0) if zipped else bytes
+    contents = [pack(idx(np.full((5, 28, 28), 7, np.uint8))), pack(idx(np.arange(5, dtype=np.uint8)))]
+
+    def check(both):
+        for path, content in zip((images, labels), both, strict=True):
+            path.write_bytes(content)
+        splits = refused_or_read(lambda: image_files.read("MNIST", files))
+        assert splits is None or splits["train"][0].shape == (len(splits["train"][1]), 28, 28, 1)
+
+    one = st.tuples(damaged(contents[0]), st.just(contents[1])) | st.tuples(st.just(contents[0]), damaged(contents[1]))
+    try_all(one, check, examples)
+
+
+def cifar_batch():
+    return b"".join(bytes([label]) + bytes(3072) for label in range(3))
+
+
+def cifar_archive():
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+            member.size = len(cifar_batch())
+            archive.addfile(member, io.BytesIO(cifar_batch()))
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, valid",
+    [
+        ("data_batch_1.bin", cifar_batch()),
+        ("data_batch_1", b"\x80\x02}q\x01U\x06labelsq\x02]q\x03K\x01as."),
+        ("cifar-10-binary.tar.gz", cifar_archive()),
+    ],
+)
+@both_forms
+def test_cifar_batches(tmp_path, name, valid, examples):
+    path = tmp_path / name
+
+    def check(content):
+        path.write_bytes(content)
+        splits = refused_or_read(lambda: image_files.read("CIFAR10", {name: path}))
+        assert splits is None or splits["train"][0].shape[1:] == (32, 32, 3)
+
+    try_all(damaged(valid), check, examples)
+
+
+def npz():
+    with io.BytesIO() as file:
+        np.savez(file, **{"conv.0.weight": np.ones((2, 2)), "conv.1.bias": np.zeros(3)})
+        return file.getvalue()
+
+
+def pickled_weights():
+    """The state dict {"a.weight": four floats} as torch.save pickles it."""
+
+    def text(words):
+        return b"X" + struct.pack("<I", len(words)) + words
+
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x04tQ"
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00(K\x04t(K\x01t\x89ccollections\nOrderedDict\n)RtR"
+    )
+    return b"\x80\x02}(" + text(b"a.weight") + tensor + b"u."
+
+
+def pt(pickled):
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("weights/data.pkl", pickled)
+            archive.writestr("weights/data/0", np.arange(4, dtype="<f4").tobytes())
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "suffix, contents",
+    [
+        (".npz", damaged(npz())),
+        (".pt", damaged(pt(pickled_weights()))),
+        (".pt", damaged(pickled_weights()).map(pt)),  # past the archive's checksums
+        (".pt", damaged(torch_files.LEGACY_START + pickled_weights())),
+    ],
+    ids=["npz", "pt", "pickle in pt", "legacy pt"],
+)
+@both_forms
+def test_weights(tmp_path, suffix, contents, examples):
+    path = tmp_path / f"weights{suffix}"
+
+    def check(content):
+        path.write_bytes(content)
+        refused_or_read(lambda: torch_files.read(path))
+
+    try_all(contents, check, examples)
+
+
+def test_the_undamaged_weights_are_read(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(pt(pickled_weights()))
+    (array,) = torch_files.read(tmp_path / "weights.pt").arrays.values()
+    np.testing.assert_array_equal(array, [0, 1, 2, 3])
+
+
+VALID_CONFIG = b"from plif_jax.config import Config\nconfig = Config(dataset_name='Digits', T=4)\n"
+WORDS = st.sampled_from([f"-{name}" for name in vars(Config(dataset_name="Digits"))]) | st.text(max_size=8)
+VALUES = st.integers().map(str) | st.floats().map(str) | st.sampled_from(["True", "None", "Digits", "1e999", "-"])
+
+
+@both_forms
+def test_command_lines(examples):
+    def check(words):
+        argv = [word for word in words if word not in ("-h", "--help")]
+        refused_or_read(lambda: configs.parse(argv))
+
+    try_all(st.lists(WORDS | VALUES, max_size=8), check, examples)
+
+
+@both_forms
+def test_settings_of_a_run(examples):
+    values = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.lists(st.integers(), max_size=2)
+    )
+    fields = st.dictionaries(st.sampled_from(list(vars(Config(dataset_name="Digits")))), values, max_size=4)
+    edited = fields.map(lambda given: json.dumps({"dataset_name": "Digits"} | given))
+    valid = Config(dataset_name="Digits").to_json().encode()
+    texts = edited | damaged(valid).map(lambda raw: raw.decode(errors="replace")) | st.text() | values.map(json.dumps)
+
+    def check(text):
+        refused_or_read(lambda: Config.from_json(text))
+
+    try_all(texts, check, examples)
+
+
+@both_forms
+def test_config_files(tmp_path, examples):
+    """A config is a program of the user's own: random text in it must not be run, so only its ends are damaged."""
+    path = tmp_path / "config.py"
+
+    def check(length):
+        path.write_bytes(VALID_CONFIG[:length] + b"\0" * (length % 2))
+        refused_or_read(lambda: configs.load(path))
+
+    try_all(st.integers(0, len(VALID_CONFIG)), check, examples)
+
+
+@both_forms
+def test_metrics(tmp_path, examples):
+    path = tmp_path / logs.FILE
+    line = b'{"tag": "train_loss", "step": 256, "value": 0.25, "time": 1.5}\n'
+
+    def check(content):
+        path.write_bytes(content)
+        metrics = refused_or_read(lambda: logs.read_metrics(tmp_path))
+        for tag, points in (metrics or {}).items():
+            assert isinstance(tag, str) and all(isinstance(at, int) and value == float(value) for at, value in points)
+        path.write_bytes(content)
+        refused_or_read(lambda: logs.Logs(tmp_path, 2))
+
+    try_all(damaged(line * 3), check, examples)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of two arrays: (its folder, what is in it)."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    state = {"kernel": jnp.arange(12.0).reshape(3, 4), "step": jnp.int32(5)}
+    with checkpoint.Checkpoints(folder, Config(dataset_name="Digits")) as checkpoints:
+        checkpoints.save(state, {"epoch": 1, "points": 3}, 0.5)
+    return folder / "5", state
+
+
+@pytest.mark.parametrize("examples", [SHORT, pytest.param(LONG // 4, marks=pytest.mark.faults)])
+def test_checkpoints(saved, examples):
+    """Whatever is damaged: either it shows, or the state and the record are as they were saved."""
+    folder, state = saved
+    record = checkpoint._read_record(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+    def read():
+        record = checkpoint._read_record(folder)
+        return record, checkpoint._read_state(folder, record, state)
+
+    def check(drawn):
+        path, damage = drawn
+        before = path.read_bytes()
+        path.write_bytes(damage)
+        try:
+            found = refused_or_read(read, checkpoint._Damaged)
+        finally:
+            path.write_bytes(before)
+        if found is not None:
+            assert found[0] == record
+            for mine, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(state), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+    one = st.sampled_from(files).flatmap(lambda path: st.tuples(st.just(path), damaged(path.read_bytes())))
+    try_all(one, check, examples)
+    assert refused_or_read(read, checkpoint._Damaged) is not None
