@@ -66,6 +66,8 @@ def _entries(net):
             there = partial(_linear_to_torch, flat_shape=flat_shape)
             back = partial(_linear_from_torch, flat_shape=flat_shape)
             yield f"{name}.weight", layer.kernel, there, back
+            if layer.bias is not None:
+                yield f"{name}.bias", layer.bias, _same, _same
             flat_shape = None
 
 

@@ -1,0 +1,100 @@
+"""SpikingJelly 2's versions of the paper's networks (`activation_based.model.parametric_lif_net`).
+
+They are other networks than the paper's: linear layers have biases, nothing is static (an image is a sequence of T
+equal frames, and batch norm sees every one), CIFAR-10 has a second dropout, hidden widths are fixed, pooling is by
+maximum. They are told here by tables of their own, and keep SpikingJelly's parameter names. As there, the neuron is
+the caller's choice: `spiking_neuron` makes one per spiking layer, e.g. `lambda: PLIF(init_tau=2.0)`.
+"""
+
+from functools import partial
+
+import jax
+from flax import nnx
+
+from plif_jax.layers import torch_default_init
+from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
+
+
+def _uniform(bound, key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def linear(features):
+    """Linear layer with bias, initialised as in PyTorch."""
+
+    def build(net, shape, rngs):
+        (n_in,) = shape
+        layer = nnx.Linear(
+            n_in,
+            features,
+            kernel_init=torch_default_init,
+            bias_init=partial(_uniform, n_in**-0.5),
+            dtype=net.dtype,
+            param_dtype=float,
+            rngs=rngs,
+        )
+        return layer, (features,)
+
+    return build
+
+
+class SpikingJellyNet(SpikingNet):
+    """One sequence `conv_fc` over frames [T, B, H, W, C]; the networks below are its subclasses.
+
+    Args:
+      spiking_neuron: makes the neuron of a layer; called once for each.
+      channels: width of every convolution.
+      rngs: source of the initial weights.
+      T, dtype: as in `SpikingNet`; T only says how long an image is to be shown by the caller.
+    """
+
+    PARTS = ("static_conv", "conv_fc")
+    shape: tuple[int, int, int]
+    classes = 10
+    # Convolutions between poolings, and the width of the hidden layer.
+    stages: tuple[int, ...]
+    hidden: int
+
+    def __init__(self, spiking_neuron, *, channels=128, T=8, dtype=None, rngs):
+        def neuron(net, shape, rngs):
+            return spiking_neuron(), shape
+
+        blocks = []
+        for convolutions in self.stages:
+            blocks += [conv(channels), norm, neuron] * convolutions + [pool]
+        classifier = [flatten, dropout, linear(self.hidden), neuron, dropout, linear(10 * self.classes), neuron]
+        table = {"static_conv": [], "conv_fc": blocks + classifier}
+        super().__init__(table, self.shape, self.classes, T=T, dtype=dtype, rngs=rngs)
+
+
+class MNISTNet(SpikingJellyNet):
+    """SpikingJelly's network for MNIST and Fashion-MNIST."""
+
+    shape, stages, hidden = (28, 28, 1), (1, 1), 2048
+
+
+class NMNISTNet(SpikingJellyNet):
+    """SpikingJelly's network for N-MNIST."""
+
+    shape, stages, hidden = (34, 34, 2), (1, 1), 2048
+
+
+class CIFAR10Net(SpikingJellyNet):
+    """SpikingJelly's network for CIFAR-10; 256 channels there."""
+
+    shape, stages, hidden = (32, 32, 3), (3, 3), 2048
+
+
+class CIFAR10DVSNet(SpikingJellyNet):
+    """SpikingJelly's network for CIFAR10-DVS."""
+
+    shape, stages, hidden = (128, 128, 2), (1,) * 4, 512
+
+
+class DVSGestureNet(SpikingJellyNet):
+    """SpikingJelly's network for DVS128 Gesture."""
+
+    shape, stages, hidden, classes = (128, 128, 2), (1,) * 5, 512, 11
+
+
+NETWORKS = (MNISTNet, NMNISTNet, CIFAR10Net, CIFAR10DVSNet, DVSGestureNet)
