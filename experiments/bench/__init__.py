@@ -1,0 +1,1 @@
+"""The benchmark: peers in processes of their own, timed in turn, and figures that are ratios."""

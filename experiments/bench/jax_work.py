@@ -1,0 +1,245 @@
+"""Our side of each comparison, and the machine's own limits measured with the same framework and threads."""
+
+import os
+import tempfile
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bench.limits import multiply_adds
+from bench.recordings import recording
+from plif_jax import neurons
+from plif_jax.config import Config
+from plif_jax.data import frames
+from plif_jax.training import state, step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build(spec):
+    """(run, facts) of a spec."""
+    kinds = {
+        "neuron": _neuron,
+        "copy": _copy,
+        "matmul": _matmul,
+        "train": _train,
+        "infer": _infer,
+        "memory": _memory,
+        "frames": _frames,
+        "epoch": _epoch,
+    }
+    return kinds[spec["kind"]](spec)
+
+
+def _facts(**facts):
+    device = jax.devices()[0]
+    versions = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "threads": threads,
+        "versions": versions,
+        **facts,
+    }
+
+
+def _currents(spec):
+    keys = jax.random.split(jax.random.key(0))
+    x, g = (jax.random.normal(key, (spec["T"], spec["N"])) for key in keys)
+    return x * 1.5 + 0.6, g
+
+
+def _neuron(spec):
+    x, g = _currents(spec)
+    graphdef, params = nnx.split(neurons.PLIF())
+
+    @jax.jit
+    def forward_backward(params, x, g):
+        spikes, backward = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+        return spikes, backward(g)
+
+    return lambda: jax.block_until_ready(forward_backward(params, x, g)), _facts()
+
+
+def _copy(spec):
+    """The bytes that a neuron must move: x read, spikes written; x and gradient read, gradient written."""
+    x, g = _currents(spec)
+    copy = jax.jit(lambda x, g: (x + 1, x + g))
+    return lambda: jax.block_until_ready(copy(x, g)), _facts(bytes=5 * x.nbytes)
+
+
+def _matmul(spec):
+    """The machine's rate for what the networks' time goes into."""
+    n = spec["size"]
+    a, b = (jax.random.normal(key, (n, n), DTYPES[spec["precision"]]) for key in jax.random.split(jax.random.key(0)))
+    matmul = jax.jit(lambda a, b: a @ b)
+    return lambda: matmul(a, b).block_until_ready(), _facts(flops=2 * n**3)
+
+
+def _config(spec, batch, **settings):
+    names = ("dataset_name", "T", "channels", "number_layer")
+    network = {name: spec["network"][key] for name, key in zip(names, ("name", *names[1:]), strict=True)}
+    paper = {"use_plif": True, "use_max_pool": True, "detach_reset": True}
+    return Config(**paper, **network, batch_size=batch, precision=spec["precision"], **settings)
+
+
+def _samples(config, count):
+    H, W, C = config.facts.shape
+    rng = np.random.default_rng(0)
+    shape, high = ((config.T, H, W, 2), 3) if config.facts.events else ((H, W, C), 256)
+    return rng.integers(0, high, (count, *shape), np.uint8), rng.integers(0, config.facts.classes, count, np.int32)
+
+
+def _train(spec):
+    """The step that `experiments/train.py` runs, augmentation and its check for finite gradients included."""
+
+    def make(batch):
+        config = _config(spec, batch)
+        devices = jax.local_devices()[:1]
+        K = 1 if devices[0].platform == "cpu" else 8
+        optimizer = state.adam(config, 1000)
+        graphdef, now = state.create(config, optimizer, devices)
+        train_steps = step.make_train(config, graphdef, optimizer, devices, None)
+        x, y = (jax.device_put(array, state.replicated(devices)) for array in _samples(config, batch))
+        index = np.broadcast_to(np.arange(batch, dtype=np.int32), (1, K, batch))
+        asked = np.zeros(1, np.int32)
+
+        def run():
+            nonlocal now
+            now, metrics = train_steps(now, x, y, index, asked)
+            jax.block_until_ready((now, metrics))
+
+        return run, K
+
+    (run, K), batch = _fitting(make, spec["batch"])
+    flops = 6 * multiply_adds(spec["network"]) * batch  # forward, and twice that for the two gradients
+    return run, _facts(samples=K * batch, flops=K * flops)
+
+
+def _infer(spec):
+    def make(batch):
+        config = _config(spec, batch)
+        net = state.network(config)
+        net.eval()
+        graphdef, weights = nnx.split(net)
+        forward = jax.jit(lambda weights, x: nnx.merge(graphdef, weights)(x))
+        x = step.frames_for(config, jnp.asarray(_samples(config, batch)[0]))
+        return lambda: forward(weights, x).block_until_ready(), 1
+
+    (run, _), batch = _fitting(make, spec["batch"])
+    return run, _facts(samples=batch, flops=2 * multiply_adds(spec["network"]) * batch)
+
+
+def _fitting(make, batch):
+    """make(batch) and batch; for "largest" the last power of two times 16 that the device's memory holds."""
+    if batch != "largest":
+        return make(batch), batch
+    batch = 16
+    while True:
+        try:
+            make(2 * batch)[0]()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return make(batch), batch
+        batch *= 2
+
+
+def _memory(spec):
+    """Peak memory of a training step: on a CPU what the compiled step's buffers take, all of them planned ahead."""
+    config = _config(spec, spec["batch"])
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        run, _ = _train(spec)
+        return run, lambda: _facts(peak_bytes=device.memory_stats()["peak_bytes_in_use"])
+    optimizer = state.adam(config, 1000)
+    graphdef, now = state.create(config, optimizer, [device])
+    x, y = _samples(config, spec["batch"])
+    index = np.arange(spec["batch"], dtype=np.int32)[None, None]
+    train_steps = step.make_train(config, graphdef, optimizer, [device], None)
+    plan = train_steps.lower(now, x, y, index, np.zeros(1, np.int32)).compile().memory_analysis()
+    peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+    return lambda: None, _facts(peak_bytes=peak)
+
+
+def _frames(spec):
+    events, T = recording(**spec["events"]), spec["T"]
+    H, W = spec["events"]["height"], spec["events"]["width"]
+    if spec["by"] == "tonic":
+        import tonic
+
+        to_frame = tonic.transforms.ToFrame(sensor_size=(W, H, 2), n_event_bins=T)
+        versions = {"tonic": tonic.__version__}
+    else:
+        to_frame, versions = (lambda events: frames.integrate(events, H, W, T)), {}
+
+    def run():
+        for _ in range(spec["repeats"]):
+            to_frame(events)
+
+    facts = _facts()
+    return run, facts | {"versions": facts["versions"] | versions}
+
+
+def _epoch(spec):
+    """An epoch as a user runs it or, `bare`, its compiled steps and evaluations with nothing between them."""
+    from plif_jax import data
+    from plif_jax.training import devices, loop, signals
+    from plif_jax.training.checkpoint import Checkpoints
+
+    folder = tempfile.TemporaryDirectory(prefix="plif_jax_bench_")
+    config = _config(
+        spec,
+        16,
+        log_dir_prefix=folder.name,
+        data_root=spec["data_root"],
+        train_samples=spec["train_samples"],
+        test_samples=spec["test_samples"],
+        max_epoch=1000,
+    )
+    chosen = devices.choose(config)[:1]
+    checkpoints = Checkpoints(config.checkpoint_dir, config, print)
+    training = loop.Run(config, data.load(config, progress=False), chosen, checkpoints, signals.Stop(), print)
+    facts = _facts(samples=training.steps_per_epoch * config.batch_size)
+    epochs = iter(range(config.max_epoch))
+
+    def as_run():
+        epoch = next(epochs)
+        figures = training.train_epoch(epoch)
+        training.conclude(epoch, figures | {"test_accuracy": training.accuracy("test")})
+
+    run = _bare(training) if spec["bare"] else as_run
+    run.folder = folder  # which is removed with the work
+    return run, facts
+
+
+def _bare(training):
+    """The epoch's compiled calls one after the other, their arguments made beforehand."""
+    from plif_jax.data import batches
+    from plif_jax.training import loop
+
+    config, test = training.config, training.parts["test"]
+    index_SB = batches.training_batches(config.seed, 0, training.parts["train"], config.batch_size)
+    K = loop.steps_per_call(config, training.devices)
+    sizes = [K] * (len(index_SB) // K) + [1] * (len(index_SB) % K)
+    steps = list(training.feeds["train"].chunks(index_SB, sizes))
+    evaluate = training.evaluate_batches[training.feeds["test"].axis]
+    evaluations = [
+        arguments[2:]
+        for arguments in loop.evaluation_counts(
+            config, lambda *arguments: arguments, training.feeds["test"], training.state, test, training.devices
+        )
+    ]
+    now, asked = training.state, np.zeros(1, np.int32)
+
+    def run():
+        nonlocal now
+        for arguments in steps:
+            now, _ = training.train_steps(now, *arguments, asked)
+        jax.block_until_ready([evaluate(now.params, now.batch_stats, *arguments) for arguments in evaluations])
+
+    return run

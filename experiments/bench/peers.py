@@ -1,0 +1,81 @@
+"""Peers: each in a process of its own, timed in turn.
+
+A worker builds its work, warms up, says "ready", and then does one run for each line it is sent. So peers share no
+interpreter, thread pool or allocator, and A B A B ... lets what else the machine does fall on all of them alike.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class PeerError(RuntimeError):
+    """A peer could not be built or run; the message is the last line that it wrote."""
+
+
+class Peer:
+    """A worker process that runs one piece of work on demand.
+
+    Args:
+      python: its interpreter.
+      framework: the module of this package that builds the work: "jax_work", "torch_work" or "numpy_work".
+      spec: what to build, {"kind": ..., ...}; JSON.
+      environment: variables added to this process's own.
+    """
+
+    def __init__(self, python, framework, spec, environment=()):
+        here = Path(__file__).parents[1]
+        paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # JAX would otherwise take most of a GPU's memory before its peers start.
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.process = subprocess.Popen(
+            [python, "-m", "bench.worker", framework, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if not sys.flags.dev_mode else None,
+            text=True,
+            env=os.environ | settings | dict(environment),
+        )
+        try:
+            self.facts = self._answer()
+        except PeerError:
+            self.close()
+            raise
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            errors = (self.process.stderr.read() if self.process.stderr else "").strip().splitlines()
+            raise PeerError(errors[-1] if errors else f"ended with status {self.process.returncode}")
+        return json.loads(line)
+
+    def run(self):
+        """Seconds of one run."""
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self):
+        """Ends the process."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def in_turn(peers, rounds, limit):
+    """Seconds of each peer's runs, {name: [rounds]}, one run of each per round; no round starts after `limit` s."""
+    seconds = {name: [] for name in peers}
+    began = time.monotonic()
+    for _ in range(rounds):
+        for name, peer in peers.items():
+            seconds[name].append(peer.run())
+        if time.monotonic() - began > limit:
+            break
+    return seconds

@@ -1,0 +1,65 @@
+"""The table, benchmark.json and the chart."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def line(row):
+    """One row as text."""
+    if "reason" in row:
+        return f"{row['case']:<44} {row['against']:<24} not measured: {row['reason']}"
+    verdict = "" if row["met"] is None else ("met" if row["met"] else "MISSED")
+    rate = f"{row['rate_share']:6.0%}" if row.get("rate_share") else " " * 6
+    return (
+        f"{row['case']:<44} {row['against']:<24} {_figure(row['ours_s'], row):>10} {_figure(row['theirs_s'], row):>10} "
+        f"{row['ratio']:7.2f}  {row['target'] or '':<8} {verdict:<6} {rate} {row['rounds']:3d} {row['spread']:5.0%}"
+    )
+
+
+HEADER = (
+    f"{'case':<44} {'against':<24} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'matmul':>6} "
+    f"{'n':>3} {'±':>5}"
+)
+
+
+def _figure(value, row):
+    if row.get("unit") == "MiB":
+        return f"{value:.0f} MiB"
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def write(folder, machine, rows, peers):
+    """Writes benchmark.json and benchmark.png into a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(
+        json.dumps({"machine": machine, "peers": peers, "rows": rows}, indent=1, sort_keys=True) + "\n"
+    )
+    figure = chart([row for row in rows if "ratio" in row], machine, peers)
+    figure.savefig(folder / "benchmark.png", dpi=150)
+    plt.close(figure)
+
+
+def chart(rows, machine, peers):
+    """A bar for each ratio, on a logarithmic axis; a black tick marks its target."""
+    figure, ax = plt.subplots(figsize=(9, 1.4 + 0.3 * max(len(rows), 1)), layout="constrained")
+    colors = {None: "tab:gray", True: "tab:green", False: "tab:orange"}
+    for y, row in enumerate(rows):
+        ax.barh(y, row["ratio"], color=colors[row["met"]], height=0.7)
+        ax.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7)
+        if row["target"]:
+            ax.plot(2 * [float(row["target"].split()[1])], [y - 0.4, y + 0.4], color="black", linewidth=2)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.margins(x=0.12, y=0.01)
+    ax.set_xlabel("ratio; green: target met, orange: missed, black tick: the target, gray: no target set")
+    devices = sorted({facts["device"] for facts in peers.values()})
+    ax.set_title(f"{machine['cpu']}, {machine['cores']} cores; {', '.join(devices)}", fontsize=8)
+    return figure

@@ -1,0 +1,163 @@
+"""The suites: which peers run what, and which ratios are told."""
+
+import contextlib
+import statistics
+from dataclasses import asdict, dataclass
+
+from bench.peers import Peer, PeerError, in_turn
+from bench.ratios import Target, missing, row
+from plif_jax.catalog import DATASETS
+
+# (environment of a GPU peer by name); on a CPU SpikingJelly has one implementation.
+GPU_BACKENDS = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in ("torch", "cuda", "triton")}
+
+# So many events make one run of frames: a short recording is integrated over and over.
+FRAMES_EVENTS = 2_000_000
+
+
+@dataclass
+class Bench:
+    """What the suites share: settings from the command line, and the peers' facts as they come."""
+
+    python: str
+    peer_python: str
+    rounds: int
+    limit: float
+    gpu: bool
+    say: callable
+
+    def __post_init__(self):
+        self.rows, self.peers = [], {}
+
+    def spikingjelly(self, spec, label=""):
+        """SpikingJelly's peers for a spec: one on a CPU, one for each implementation of its neuron on a GPU."""
+        backends = GPU_BACKENDS if self.gpu else {"SpikingJelly": {}}
+        return {name + label: (self.peer_python, "torch_work", spec, env) for name, env in backends.items()}
+
+    def ours(self, spec):
+        """A peer of our own interpreter."""
+        return self.python, "jax_work", spec, {}
+
+    def measure(self, case, wanted):
+        """Seconds and facts of the peers that run; one that cannot becomes a line that says why."""
+        with contextlib.ExitStack() as stack:
+            running = {}
+            for name, arguments in wanted.items():
+                try:
+                    running[name] = stack.enter_context(contextlib.closing(Peer(*arguments)))
+                except PeerError as error:
+                    self.tell(missing(case, name, str(error)))
+            self.peers |= {f"{case}: {name}": peer.facts for name, peer in running.items()}
+            try:
+                return in_turn(running, self.rounds, self.limit), {name: p.facts for name, p in running.items()}
+            except PeerError as error:
+                self.tell(missing(case, "all", str(error)))
+                return {}, {}
+
+    def tell(self, line):
+        """Keeps a line of the table and says it."""
+        self.rows.append(line)
+        self.say(line)
+
+
+def neuron(bench, *, Ts, N):
+    """PLIF forward and backward over [T, N], against SpikingJelly and against a copy of the bytes it must move."""
+    for T in Ts:
+        case = f"neuron T={T} N={N}"
+        spec = {"kind": "neuron", "T": T, "N": N}
+        peers = {"ours": bench.ours(spec), "copy": bench.ours(spec | {"kind": "copy"}), **bench.spikingjelly(spec)}
+        seconds, facts = bench.measure(case, peers)
+        for name in seconds.keys() - {"ours"} if "ours" in seconds else ():
+            if name == "copy":
+                target = Target(1.25 if bench.gpu else 2.5, at_most=True)
+                bandwidth = facts["copy"]["bytes"] / statistics.median(seconds["copy"])
+                bench.tell(row(case, seconds, "ours", name, slower=False, target=target, bytes_per_s=bandwidth))
+            else:
+                bench.tell(row(case, seconds, "ours", name, target=Target(3.0)))
+
+
+def network(name):
+    """A data set's network as the peers are told of it."""
+    facts = DATASETS[name]
+    fields = {key: value for key, value in asdict(facts).items() if key in ("shape", "classes", "T")}
+    return {"name": name, "channels": facts.channels, "number_layer": facts.number_layer, **fields}
+
+
+def _rates(bench, kind, names, batches, precisions, targets):
+    """Samples per second of networks, against SpikingJelly's two ways, and the share of the matrix rate reached."""
+    for name, batch, precision in ((n, b, p) for n in names for b in batches for p in precisions):
+        case = f"{kind} {name} batch={batch} {precision}"
+        spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision}
+        matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision}
+        peers = {
+            "ours": bench.ours(spec),
+            "matmul": bench.ours(matmul),
+            **bench.spikingjelly(spec | {"mode": "m"}, " multi-step"),
+            **bench.spikingjelly(spec | {"mode": "s"}, " single-step"),
+        }
+        seconds, facts = bench.measure(case, peers)
+        if "ours" not in seconds:
+            continue
+        per_sample = {n: [t / facts[n].get("samples", 1) for t in times] for n, times in seconds.items()}
+        share = None
+        if "matmul" in seconds:
+            reached, peak = (facts[n]["flops"] / statistics.median(seconds[n]) for n in ("ours", "matmul"))
+            share = reached / peak
+        for n in [n for n in seconds if n not in ("ours", "matmul")]:
+            target = targets.get(n.rsplit(" ", 1)[1]) if precision == "float32" or bench.gpu else None
+            samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
+            bench.tell(row(case, per_sample, "ours", n, target=target, rate_share=share, **samples))
+
+
+def train(bench, *, names, batches, precisions):
+    """Training steps."""
+    on_cpu = {"multi-step": Target(1.6), "single-step": Target(2.5)}
+    on_gpu = {"multi-step": Target(2.0 if batches == [16] else 1.5)}
+    _rates(bench, "train", names, batches, precisions, on_gpu if bench.gpu else on_cpu)
+
+
+def infer(bench, *, names, batches, precisions):
+    """Forward passes in evaluation mode."""
+    _rates(bench, "infer", names, batches, precisions, {"multi-step": Target(1.6)})
+
+
+def frames(bench, *, recordings):
+    """Events to frames, against tonic's ToFrame and SpikingJelly's integration."""
+    for name, T, events in recordings:
+        case = f"frames {name} {events['events']} events T={T}"
+        spec = {"kind": "frames", "T": T, "events": events, "repeats": max(1, FRAMES_EVENTS // events["events"])}
+        peers = {
+            "ours": bench.ours(spec | {"by": "plif_jax"}),
+            "tonic ToFrame": bench.ours(spec | {"by": "tonic"}),
+            "SpikingJelly": (bench.peer_python, "torch_work", spec, {}),
+        }
+        seconds, _ = bench.measure(case, peers)
+        seconds = {name: [t / spec["repeats"] for t in times] for name, times in seconds.items()}
+        for name in [name for name in seconds if name != "ours"] if "ours" in seconds else ():
+            bench.tell(row(case, seconds, "ours", name, target=Target(10.0)))
+
+
+def pipeline(bench, *, name, data_root, train_samples, test_samples):
+    """An epoch as a user runs it, over its bare steps and evaluations: batches, logs and checkpoints are the rest."""
+    case = f"pipeline {name} {train_samples}+{test_samples}"
+    spec = {"kind": "epoch", "network": network(name), "precision": "float32", "data_root": data_root}
+    spec |= {"train_samples": train_samples, "test_samples": test_samples, "warmup": 1}
+    peers = {"as run": bench.ours(spec | {"bare": False}), "bare steps": bench.ours(spec | {"bare": True})}
+    seconds, _ = bench.measure(case, peers)
+    if len(seconds) == 2:
+        target = Target(1.05, at_most=True)
+        bench.tell(row(case, seconds, "as run", "bare steps", slower=False, target=target))
+
+
+def memory(bench, *, names, Ts):
+    """Peak memory of a training step against SpikingJelly's, and how both grow with T."""
+    for name, T in ((n, T) for n in names for T in Ts):
+        case = f"memory {name} T={T} batch=16"
+        spec = {"kind": "memory", "network": network(name) | {"T": T}, "batch": 16, "precision": "float32"}
+        backend = bench.spikingjelly(spec | {"mode": "m"}, " multi-step")
+        found = {}
+        for who, arguments in {"ours": bench.ours(spec), **dict(list(backend.items())[:1])}.items():
+            _, facts = bench.measure(case, {who: arguments})
+            found |= {n: [fact["peak_bytes"] / 2**20] for n, fact in facts.items()}
+        for who in [who for who in found if who != "ours"] if "ours" in found else ():
+            bench.tell(row(case, found, "ours", who, slower=False, target=Target(0.5, at_most=True), unit="MiB"))

@@ -1,0 +1,173 @@
+"""SpikingJelly 2's side: the same neuron, networks, steps and frames in PyTorch.
+
+The networks are the paper's as `plif_jax.networks` has them, so the static part runs once per image, not T times as
+in SpikingJelly's own model zoo: the stronger peer.
+"""
+
+import resource
+from importlib import metadata
+
+import numpy as np
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from bench.recordings import recording
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# As JAX does unless told otherwise; no effect on a CPU.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def build(spec):
+    """(run, facts) of a spec."""
+    return {"neuron": _neuron, "train": _network, "infer": _network, "memory": _memory, "frames": _frames}[
+        spec["kind"]
+    ](spec)
+
+
+def _wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _facts(**facts):
+    versions = {name: metadata.version(name) for name in ("torch", "spikingjelly")}
+    return {"device": str(DEVICE), "threads": torch.get_num_threads(), "versions": versions, **facts}
+
+
+def _plif(mode):
+    return neuron.ParametricLIFNode(
+        init_tau=2.0, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode=mode
+    )
+
+
+def _neuron(spec):
+    shape = (spec["T"], spec["N"])
+    x = (torch.randn(shape) * 1.5 + 0.6).to(DEVICE).requires_grad_()
+    g = torch.randn(shape).to(DEVICE)
+    plif = _plif("m").to(DEVICE)
+
+    def run():
+        functional.reset_net(plif)
+        x.grad = plif.w.grad = None
+        plif(x).backward(g)
+        _wait()
+
+    return run, _facts()
+
+
+class Network(nn.Module):
+    """The paper's network for a data set: [N, C, H, W] or [T, N, C, H, W] to firing rates [N, classes]."""
+
+    def __init__(self, name, shape, classes, T, channels, number_layer, mode):
+        super().__init__()
+        (H, W, C), self.classes, self.T, self.mode = shape, classes, T, mode
+        width = channels or (256 if name == "CIFAR10" else 128)
+        still = channels is None
+
+        def conv(C_in):
+            return [layer.Conv2d(C_in, width, 3, padding=1, bias=False), layer.BatchNorm2d(width)]
+
+        pool = [layer.MaxPool2d(2, 2)]
+        if name == "CIFAR10":
+            body = [_plif(mode)]
+            for i in range(1, 6):
+                body += [*conv(width), _plif(mode), *(pool if i in (2, 5) else [])]
+            halvings = 2
+        elif still:
+            body = [_plif(mode), *pool, *conv(width), _plif(mode), *pool]
+            halvings = 2
+        else:
+            body, halvings = [], number_layer
+            for i in range(number_layer):
+                body += [*conv(width if i else C), _plif(mode), *pool]
+        n_in = width * (H >> halvings) * (W >> halvings)
+        hidden = 2048 if still else n_in // 4
+        head = [layer.Flatten(), layer.Dropout(0.5), layer.Linear(n_in, hidden, bias=False), _plif(mode)]
+        head += [] if name == "CIFAR10" else [layer.Dropout(0.5)]
+        head += [layer.Linear(hidden, 10 * classes, bias=False), _plif(mode)]
+        self.still = nn.Sequential(nn.Conv2d(C, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.still = self.still if still else None
+        self.body = nn.Sequential(*body, *head)
+        functional.set_step_mode(self.body, mode)
+
+    def forward(self, x):
+        """Multi-step: all T at once, layer by layer; single-step: the whole network once per timestep."""
+        functional.reset_net(self.body)
+        if self.still is not None:
+            x = self.still(x)
+            x = x.unsqueeze(0).expand(self.T, *x.shape)
+        spikes = self.body(x).mean(0) if self.mode == "m" else sum(self.body(x_t) for x_t in x) / self.T
+        return spikes.view(spikes.shape[0], self.classes, -1).mean(-1)
+
+
+def _step(spec, batch):
+    """One training step, or one forward pass, of a network on a batch of noise."""
+    net = Network(**spec["network"], mode=spec["mode"]).to(DEVICE)
+    H, W, C = spec["network"]["shape"]
+    shape = (batch, C, H, W) if net.still is not None else (net.T, batch, C, H, W)
+    x = torch.randn(shape).to(DEVICE)
+    target = nn.functional.one_hot(torch.arange(batch) % net.classes, net.classes).float().to(DEVICE)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=spec["precision"] == "bfloat16")
+    if spec["kind"] == "infer":
+        net.eval()
+
+        def run():
+            with torch.no_grad(), autocast:
+                net(x)
+            _wait()
+
+        return run
+    # "fused" updates all parameters in one kernel: the fastest Adam that PyTorch has.
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            loss = nn.functional.mse_loss(net(x).float(), target)
+        loss.backward()
+        optimizer.step()
+        _wait()
+
+    return run
+
+
+def _network(spec):
+    if spec["batch"] != "largest":
+        return _step(spec, spec["batch"]), _facts(samples=spec["batch"])
+    batch = 16
+    while True:
+        try:
+            _step(spec, 2 * batch)()
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return _step(spec, batch), _facts(samples=batch)
+        batch *= 2
+
+
+def _memory(spec):
+    """Peak memory of a training step; on a CPU the growth of the process, which is what PyTorch lets one see."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = _step(spec | {"kind": "train"}, spec["batch"])
+
+    def facts():
+        if DEVICE.type == "cuda":
+            return _facts(peak_bytes=torch.cuda.max_memory_allocated())
+        return _facts(peak_bytes=1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+    return run, facts
+
+
+def _frames(spec):
+    from spikingjelly.datasets import utils  # which brings torchvision
+
+    events = recording(**spec["events"])
+    columns = {name: np.ascontiguousarray(events[name]) for name in ("t", "x", "y", "p")}
+    H, W, T = spec["events"]["height"], spec["events"]["width"], spec["T"]
+
+    def run():
+        for _ in range(spec["repeats"]):
+            utils.integrate_events_by_fixed_frames_number(columns, "number", T, H, W)
+
+    return run, _facts()

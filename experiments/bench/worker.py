@@ -1,0 +1,29 @@
+"""One peer's process: builds the work, then runs and times it once for each line on standard input."""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+
+def main(framework, spec):
+    """Answers on what was standard output; whatever libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**facts):
+        print(json.dumps(facts), file=answers, flush=True)
+
+    run, facts = importlib.import_module(f"bench.{framework}").build(spec)
+    for _ in range(spec.get("warmup", 2)):
+        run()
+    answer(**(facts() if callable(facts) else facts))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run()
+        answer(seconds=time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,93 @@
+"""Measures plif_jax against SpikingJelly, tonic and the machine's own limits; every figure is a ratio.
+
+    pip install "plif_jax[bench]"
+    python experiments/benchmark.py all
+    python experiments/benchmark.py train -networks MNIST,NMNIST -batch_sizes 16,64 -precisions float32,bfloat16
+    python experiments/benchmark.py pipeline -pipeline_network MNIST -data_root DATA
+
+Prints a table and writes benchmark.json and benchmark.png into -out. On a machine that does other work besides, ask
+for more -rounds: peers run in turn, and ratios are taken round by round.
+"""
+
+import argparse
+import subprocess
+import sys
+
+from bench import report, suites
+from bench.machine import machine
+
+SUITES = ("neuron", "train", "infer", "frames", "pipeline", "memory")
+RECORDINGS = (
+    ("N-MNIST", 10, {"events": 4_000, "height": 34, "width": 34}),
+    ("DVS128 Gesture", 20, {"events": 400_000, "height": 128, "width": 128}),
+)
+
+
+def _list(kind):
+    return lambda text: [item if item == "largest" else kind(item) for item in text.split(",")]
+
+
+def parser():
+    """The command line."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("suite", choices=(*SUITES, "all"))
+    flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
+    flags.add_argument("-rounds", type=int, default=7, help="runs of each peer (default 7)")
+    flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
+    flags.add_argument("-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png")
+    flags.add_argument("-neurons", type=int, default=1_605_632, help="N of neuron; default: MNIST's first layer")
+    flags.add_argument("-timesteps", type=_list(int), default=[4, 8, 16, 32], help="T of neuron and memory")
+    flags.add_argument("-networks", type=_list(str), default=None, help="of train, infer, memory; all six on a GPU")
+    flags.add_argument("-batch_sizes", type=_list(int), default=[16], help="numbers, or on a GPU also: largest")
+    flags.add_argument("-precisions", type=_list(str), default=["float32"], help="float32, bfloat16")
+    flags.add_argument("-pipeline_network", default="Digits", help="data set of pipeline (default Digits)")
+    flags.add_argument("-data_root", default=None, help="folder with that data set")
+    flags.add_argument("-train_samples", type=int, default=1024)
+    flags.add_argument("-test_samples", type=int, default=256)
+    return flags
+
+
+def main(argv=None):
+    """Runs the suites asked for; returns the table's rows."""
+    asked = parser().parse_args(argv)
+    # In a process of its own: JAX in this one would hold the device that the peers are to share.
+    find = "import jax; print(jax.default_backend())"
+    backend = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    gpu = backend == "gpu"
+    if "largest" in asked.batch_sizes and not gpu:
+        sys.exit("-batch_sizes largest: only a GPU says when its memory is full; give numbers")
+    networks = asked.networks or ["MNIST", "FashionMNIST", "NMNIST"]
+    if gpu and not asked.networks:
+        networks += ["CIFAR10", "CIFAR10DVS", "DVS128Gesture"]
+    here = machine()
+    print(f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, load {here['load']:.1f}; JAX on {backend}")
+    print(report.HEADER)
+
+    def say(row):
+        print(report.line(row), flush=True)
+
+    bench = suites.Bench(sys.executable, asked.peer_python, asked.rounds, asked.limit, gpu, say)
+    rates = {"names": networks, "batches": asked.batch_sizes, "precisions": asked.precisions}
+    calls = {
+        "neuron": lambda: suites.neuron(bench, Ts=asked.timesteps, N=asked.neurons),
+        "train": lambda: suites.train(bench, **rates),
+        "infer": lambda: suites.infer(bench, **rates),
+        "frames": lambda: suites.frames(bench, recordings=RECORDINGS),
+        "pipeline": lambda: suites.pipeline(
+            bench,
+            name=asked.pipeline_network,
+            data_root=asked.data_root,
+            train_samples=asked.train_samples,
+            test_samples=asked.test_samples,
+        ),
+        "memory": lambda: suites.memory(bench, names=networks, Ts=asked.timesteps),
+    }
+    for suite in SUITES if asked.suite == "all" else [asked.suite]:
+        calls[suite]()
+    report.write(asked.out, here, bench.rows, bench.peers)
+    print(f"wrote {asked.out}/benchmark.json and benchmark.png")
+    return bench.rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The benchmark: its arithmetic, and its processes in miniature; SpikingJelly only where it is installed."""
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+
+import benchmark
+from bench import limits, ratios, report, suites
+from bench.peers import Peer, PeerError, in_turn
+
+
+class Clock:
+    """A peer that takes the seconds it is told."""
+
+    def __init__(self, seconds, order):
+        self.seconds, self.order = iter(seconds), order
+
+    def run(self):
+        self.order.append(self)
+        return next(self.seconds)
+
+
+def test_peers_run_in_turn():
+    order = []
+    a, b = Clock([1, 2, 3], order), Clock([4, 5, 6], order)
+    assert in_turn({"a": a, "b": b}, rounds=3, limit=60) == {"a": [1, 2, 3], "b": [4, 5, 6]}
+    assert order == [a, b, a, b, a, b]
+
+
+def test_no_round_starts_after_the_limit():
+    assert in_turn({"a": Clock([1, 2], [])}, rounds=2, limit=0) == {"a": [1]}
+
+
+def test_ratio_cancels_a_load_that_both_felt():
+    ours, theirs = [1, 1, 8, 8, 8], [3, 3, 24, 24, 24]
+    assert ratios.ratio(theirs, ours) == 3
+    # Had the load come between, the ratio of medians would be told wrong: 8 / 3.
+    assert ratios.ratio([3, 3, 3, 24, 24], [1, 1, 1, 8, 8]) == 3
+
+
+def test_a_row_names_ratio_and_target():
+    seconds = {"ours": [2.0, 2.0], "copy": [1.0, 1.0], "peer": [5.0, 5.0]}
+    faster = ratios.row("case", seconds, "ours", "peer", target=ratios.Target(3))
+    assert (faster["ratio"], faster["target"], faster["met"]) == (2.5, ">= 3", False)
+    limit = ratios.row("case", seconds, "ours", "copy", slower=False, target=ratios.Target(2.5, at_most=True))
+    assert (limit["ratio"], limit["target"], limit["met"]) == (2, "<= 2.5", True)
+    assert "MISSED" in report.line(faster) and "MISSED" not in report.line(limit)
+
+
+def test_spread_is_zero_on_a_quiet_machine_and_grows():
+    assert ratios.spread([1.0]) == ratios.spread([2.0, 2.0, 2.0]) == 0
+    assert ratios.spread([1, 2, 3, 4, 5]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "counted_by_hand"),
+    [
+        ("MNIST", 28 * 28 * 9 * 128 + 8 * (14 * 14 * 9 * 128 * 128 + 6272 * 2048 + 2048 * 100)),
+        ("NMNIST", 10 * (34**2 * 9 * 2 * 128 + 17**2 * 9 * 128 * 128 + 8192 * 2048 + 2048 * 100)),
+    ],
+)
+def test_multiply_adds(name, counted_by_hand):
+    assert limits.multiply_adds(suites.network(name)) == counted_by_hand
+
+
+def test_a_peer_that_cannot_be_built_says_why():
+    with pytest.raises(PeerError, match="KeyError: 'nothing'"):
+        Peer(sys.executable, "jax_work", {"kind": "nothing"})
+
+
+def _run(tmp_path, *argv):
+    rows = benchmark.main([*argv, "-rounds", "2", "-out", str(tmp_path)])
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["rows"] == rows and written["machine"]["cores"] >= 1
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+    return {row["against"]: row for row in rows}
+
+
+def test_neuron_and_frames_in_miniature(tmp_path, monkeypatch):
+    rows = _run(tmp_path, "neuron", "-neurons", "64", "-timesteps", "4")
+    assert math.isfinite(rows["copy"]["ratio"]) and rows["copy"]["bytes_per_s"] > 0
+    tiny = ("tiny", 3, {"events": 300, "height": 5, "width": 7})
+    monkeypatch.setattr(benchmark, "RECORDINGS", (tiny,))
+    # One repeat suffices to see that it runs.
+    monkeypatch.setattr(suites, "FRAMES_EVENTS", 300)
+    rows |= _run(tmp_path, "frames")
+    assert rows["tonic ToFrame"]["ratio"] > 0
+    if find_spec("spikingjelly") is None:
+        assert "No module named" in rows["SpikingJelly"]["reason"]
+    else:
+        assert rows["SpikingJelly"]["ratio"] > 0
