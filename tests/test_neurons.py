@@ -19,12 +19,6 @@ REFERENCE = np.load(Path(__file__).parent / "reference" / "neurons.npz")
 RESETS = (0.0, 0.2, None)
 
 
-@pytest.fixture
-def rolled(monkeypatch):
-    """Many unrolled timesteps compile slowly, and give the same numbers."""
-    monkeypatch.setattr(neurons, "MAX_UNROLL", 1)
-
-
 def currents(T=4, N=11, seed=0):
     return jnp.asarray(cases.array(seed, (T, N), 1.2) + 0.7)
 

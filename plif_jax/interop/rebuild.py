@@ -79,9 +79,11 @@ def _neuron_facts(part, name):
         raise UserError(
             f"the file's {name} has decay_input=False, its current is not divided by tau; here it always is"
         )
-    facts = {key: attributes[key] for key in ("v_threshold", "v_reset", "detach_reset") if key in attributes}
-    if "tau" in attributes:
-        facts["init_tau"] = attributes["tau"]
+    names = {"v_threshold": "v_threshold", "v_reset": "v_reset", "detach_reset": "detach_reset", "tau": "init_tau"}
+    facts = {ours: attributes[theirs] for theirs, ours in names.items() if theirs in attributes}
+    for key, value in facts.items():
+        if not isinstance(value, bool | int | float | None):
+            raise UserError(f"the file's {name} has as {key} a {type(value).__name__}; a number is needed")
     children = attributes.get("_modules")
     fire = children.get("surrogate_function") if type(children) is dict else None
     if type(fire) is Object:

@@ -60,7 +60,10 @@ def read(path):
     if path.suffix == ".npz":
         return Checkpoint(_read_npz(path, content))
     root, storages = (_read_zip if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy)(path, content)
-    tensors, module = _network(path, root)
+    try:
+        tensors, module = _network(path, root)
+    except RecursionError:
+        raise _damaged(path, "its modules are nested without end") from None
     return Checkpoint({name: _array(path, name, tensor, storages) for name, tensor in tensors.items()}, module)
 
 
