@@ -59,7 +59,7 @@ def read(path):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix == ".npz":
         return Checkpoint(_read_npz(path, content))
-    root, storages = (_read_zip if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy)(path, content)
+    root, storages = (_read_zip if content.startswith(b"PK") else _read_legacy)(path, content)
     try:
         tensors, module = _network(path, root)
     except RecursionError:
@@ -130,6 +130,8 @@ def _read_legacy(path, content):
     storages = {}
     for key in keys[0]:
         size = int.from_bytes(stream.read(8), "little")
+        if size != known[key].size:
+            raise _damaged(path, f"storage {key} has another length than its tensors say")
         storages[key] = stream.read(size * _dtype(path, known[key]).itemsize)
     return root, storages
 
