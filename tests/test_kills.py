@@ -1,5 +1,6 @@
 """A run that is killed at any moment and started again is the run that never was; and how it ends when asked."""
 
+import contextlib
 import os
 import random
 import signal
@@ -33,42 +34,55 @@ def whole(shared, tmp_path_factory):
 
 
 def survive(config, folder, kills, chance):
-    """Starts the run again and again and kills it, at moments drawn by `chance`; returns what it was doing each time.
-
-    A third of the moments lie in the time before the first step: preparing data, compiling, reading a checkpoint.
-    """
+    """Starts the run again and again and kills it, at moments drawn by `chance`; says what it was doing each time."""
     doing = []
     while True:
         with started(config, folder=folder) as program:
-            begun, steps = program.said(), len(saved(config))
+            begun, already, at = len(program.said()), saved(config), time.time()
             if len(doing) == kills:
                 assert program.end() == 0, program.said()
                 return doing
-            if chance.random() < 1 / 3:
-                time.sleep(chance.uniform(0, 5))
-            else:
-                wait_for(partial(_is_training_or_done, program, len(begun)))
-                time.sleep(chance.uniform(0, 1))
+            conditions = {
+                "starting": lambda: True,
+                "training": partial(_has_saved_more, config, already),
+                "writing": partial(_is_writing, config, at),
+            }
+            aim = chance.choice(list(conditions))
+            wait_for(partial(_holds_or_ended, conditions[aim], program))
+            time.sleep(chance.uniform(0, {"starting": 5, "training": 0.5, "writing": 0.05}[aim]))
             ended = program.process.poll()
             assert ended in (None, 0), program.said()
             program.kill()
             program.process.wait()
-            doing.append(_moment(config, program.said()[len(begun) :], steps, ended))
+            doing.append(_moment(config, program.said()[begun:], at, ended))
 
 
-def _is_training_or_done(program, begun):
-    return "epoch" in program.said()[begun:] or program.process.poll() is not None
+def _has_saved_more(config, already):
+    return len(set(saved(config)) - set(already)) > 0
 
 
-def _moment(config, said, steps, ended):
+def _is_writing(config, since):
+    """Whether there is an unfinished checkpoint younger than `since`."""
+    for path in config.checkpoint_dir.glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > since:
+                return True
+    return False
+
+
+def _holds_or_ended(condition, program):
+    return condition() or program.process.poll() is not None
+
+
+def _moment(config, said, since, ended):
     """What a program was doing when it was killed, as far as its folder tells."""
     if ended == 0:
         return "finished"
-    if any(config.checkpoint_dir.glob("*tmp*")):
+    if _is_writing(config, since):
         return "writing a checkpoint"
-    if "epoch" not in said:
-        return "starting" if "Digits train" in said else "importing or preparing data"
-    return "training or evaluating"
+    if "epoch" in said:
+        return "training or evaluating"
+    return "compiling" if "Digits train" in said else "importing or preparing data"
 
 
 def test_killed_three_times(whole, tmp_path):

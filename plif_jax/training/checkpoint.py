@@ -1,21 +1,24 @@
-"""Checkpoints: Orbax writes them in the background, a digest tells whether one can be trusted.
+"""Checkpoints: Orbax writes them in the background, a seal tells whether one can be trusted.
 
-One folder per step holds the state's arrays by name, and a JSON record: the settings, the progress, and a checksum of
-every array. Kept are the last two, the best, and one every four hours. Nothing is pickled.
+One folder per step holds the state's arrays by name, a JSON record of the settings and the progress, and the seal, the
+checksum of every file. It is put on before the folder gets its name, and looked at before Orbax sees the folder: the
+libraries that read arrays can crash on damaged bytes. Kept are the last two, the best, and one every four hours.
+Nothing is pickled.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import shutil
-import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, LatestN
 
 from plif_jax.config import Config
@@ -23,6 +26,7 @@ from plif_jax.errors import UserError
 from plif_jax.training import state as states
 
 KEEP_EVERY_SECONDS = 4 * 3600
+SEAL = "sha256.json"
 
 # Settings that do not change what a run computes: a run may continue with other values.
 MAY_CHANGE = {
@@ -53,15 +57,6 @@ def _names(tree):
     }
 
 
-def _digest(arrays):
-    return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
-
-
-def _seal(record):
-    """Checksum of a record itself: of its text, which JSON gives back to the digit."""
-    return zlib.crc32(json.dumps({**record, "seal": None}, sort_keys=True).encode())
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -85,7 +80,31 @@ class Checkpoints:
                 raise UserError(
                     f"another program is training in {folder}; wait for it, or give -log_dir_prefix"
                 ) from None
-        self._manager = _manager(self.folder)
+            self._set_damaged_aside()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints are checked")
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options())
+
+    def _options(self):
+        policy = AnyPreservationPolicy([LatestN(2), _Best(), EveryNSeconds(KEEP_EVERY_SECONDS)])
+        # Called when the files are written but their folder is not renamed yet from its temporary name.
+        sealing = ocp.options.AsyncOptions(post_finalization_callback=self._seal_finished)
+        return ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["score"], preservation_policy=policy, async_options=sealing
+        )
+
+    def _seal_finished(self):
+        if jax.process_index() == 0:
+            for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                (folder / SEAL).write_text(json.dumps(_digests(folder)))
+
+    def _set_damaged_aside(self):
+        for folder in _steps(self.folder):
+            if damage := _damage(folder):
+                self.say(f"checkpoint of step {folder.name} is damaged ({damage}); using the one before it")
+                aside = self.folder / f"damaged_{folder.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
 
     def save(self, state, progress: dict, score: float):
         """Starts writing a checkpoint; the training goes on meanwhile.
@@ -97,9 +116,7 @@ class Checkpoints:
             "config": dataclasses.asdict(self.config),
             "progress": progress,
             "score": score,
-            "crc32": _digest(arrays),
         }
-        record["seal"] = _seal(record)
         step = int(arrays["step"])
         # NumPy arrays: across processes a pmap's results are arrays of each process alone, which Orbax does not take.
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
@@ -136,25 +153,17 @@ class Checkpoints:
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
 
     def restore(self, template):
-        """The newest sound checkpoint as (state, progress), placed as `template` is; None where there is none.
-
-        A damaged one is reported, set aside, and the one before it used.
+        """The newest checkpoint as (state, progress), placed as `template` is; None where there is none.
 
         Raises:
           UserError: the checkpoint is of other settings; they are named.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                record = _read_record(self.folder / str(step))
-                self._refuse_others(record["config"])
-                state = _read_state(self.folder / str(step), record, template)
-                return state, record["progress"]
-            except _Damaged as damage:
-                self.say(f"checkpoint of step {step} is damaged ({damage}); trying the one before it")
-                if jax.process_index() == 0:
-                    shutil.move(self.folder / str(step), self.folder / f"damaged_{step}")
-                self._manager.reload()
-        return None
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        record = _read_record(self.folder / str(step))
+        self._refuse_others(record["config"])
+        return _read_state(self.folder / str(step), template), record["progress"]
 
     def _refuse_others(self, before):
         now = dataclasses.asdict(self.config)
@@ -170,47 +179,46 @@ class Checkpoints:
             )
 
 
-class _Damaged(Exception):
-    """A checkpoint that cannot be trusted."""
+def _steps(folder):
+    """The finished checkpoints in a folder, the newest first."""
+    return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: -int(path.name))
 
 
-def _manager(folder):
-    policy = AnyPreservationPolicy([LatestN(2), _Best(), EveryNSeconds(KEEP_EVERY_SECONDS)])
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"], preservation_policy=policy)
-    return ocp.CheckpointManager(folder, options=options)
+def _digests(folder):
+    """{file: its SHA-256} of what is read from a checkpoint's folder."""
+    files = [path for item in ("state", "record", "metrics") for path in (folder / item).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(files)}
+
+
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(folder):
+    """What is wrong with a checkpoint; None where it is as it was written."""
+    try:
+        sealed = json.loads((folder / SEAL).read_bytes())
+        wrong = [name for name, digest in sealed.items() if _sha256(folder / name) != digest]
+    except (OSError, ValueError, AttributeError):
+        return "files are missing, or its seal"
+    return f"{wrong[0]} is not what was written" if wrong else None
 
 
 def _read_record(folder):
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        try:
-            record = checkpointer.restore(folder / "record")
-        except Exception as error:  # whatever a reader makes of damaged bytes
-            raise _Damaged(f"its record: {_first_line(error)}") from None
-    if not isinstance(record, dict) or record.get("seal") != _seal(record):
-        raise _Damaged("checksum of its record")
-    return record
+        return checkpointer.restore(folder / "record")
 
 
-def _read_state(folder, record, template):
+def _read_state(folder, template):
     named = _names(template)
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()
     }
     args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            arrays = checkpointer.restore(folder / "state", args=args)
-        except Exception as error:  # as above
-            raise _Damaged(_first_line(error)) from None
-    digest = _digest({name: np.asarray(array) for name, array in arrays.items()})
-    wrong = [name for name in digest if digest[name] != record["crc32"].get(name)]
-    if wrong:
-        raise _Damaged(f"checksum of {wrong[0]}")
+        arrays = checkpointer.restore(folder / "state", args=args)
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named])
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_network(run: str | Path, kind: str = "best"):
@@ -234,16 +242,13 @@ def load_network(run: str | Path, kind: str = "best"):
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
-    found = []
-    for path in folder.absolute().glob("[0-9]*"):
-        with contextlib.suppress(_Damaged):
-            record = _read_record(path)
-            found.append((record["score"] if kind == "best" else 0, int(path.name), path, record))
-    for _, _, path, record in sorted(found, key=lambda entry: entry[:2], reverse=True):
-        with contextlib.suppress(_Damaged):
-            state = _read_state(path, record, template)
-            net = nnx.merge(graphdef, state.params, state.batch_stats)
-            net.set_attributes(axis_name=None)
-            net.eval()
-            return config, net
-    raise UserError(f"{run} has no sound checkpoint in {folder}")
+    found = [(_read_record(path)["score"], path) for path in _steps(folder.absolute()) if not _damage(path)]
+    if not found:
+        raise UserError(f"{run} has no sound checkpoint in {folder}")
+    # The first is the newest: of equal scores the later counts.
+    _, path = max(found, key=lambda entry: entry[0]) if kind == "best" else found[0]
+    state = _read_state(path, template)
+    net = nnx.merge(graphdef, state.params, state.batch_stats)
+    net.set_attributes(axis_name=None)
+    net.eval()
+    return config, net
