@@ -176,6 +176,34 @@ def test_reference_case(spec, x64, rolled):
         np.testing.assert_allclose(neuron_bar.surrogate.alpha[...], spec["galpha"], rtol=1e-9)
 
 
+def test_float32_w_is_rounded_where_pytorch_rounds_it(x64, rolled):
+    """To the bit: the membrane after one step shows k, and dv[T]/dw is a float32 sum of products rounded one by one."""
+    T, N = 6, 2
+    x = cases.array(1, (T, N), 0.2)  # no spikes
+    for w in np.float32(cases.array(0, (60,))):
+        neuron = neurons.PLIF(param_dtype=jnp.float32)
+        neuron.w[...] = jnp.asarray(w)
+        k = np.float32(1) / (np.float32(1) + np.float32(np.exp(-np.float64(w))))
+        v, v_bar = [np.zeros(N)], np.ones(N)
+        for x_t in x:
+            v.append(v[-1] + (x_t - v[-1]) * np.float64(k))
+        total = np.float32(0)
+        for t in reversed(range(T)):
+            g = np.float32(np.sum(v_bar * (x[t] - v[t])))
+            total += g * (np.float32(1) - k) * k
+            v_bar = v_bar - v_bar * np.float64(k)
+        end, vjp = membrane_and_vjp(neuron, jnp.asarray(x))
+        np.testing.assert_allclose(end, v[-1], rtol=1e-14)
+        np.testing.assert_array_equal(vjp, total)
+
+
+@jax.jit
+def membrane_and_vjp(neuron, x):
+    """v after the last step, and the gradient of its sum for w."""
+    v, vjp = jax.vjp(lambda neuron: neuron.unroll(None, x)[0], neuron)
+    return v, vjp(jnp.ones_like(v))[0].w[...]
+
+
 # Time
 
 
