@@ -61,6 +61,8 @@ def main(argv=None):
         networks += ["CIFAR10", "CIFAR10DVS", "DVS128Gesture"]
     here = machine()
     print(f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, load {here['load']:.1f}; JAX on {backend}")
+    if here["load"] > here["cores"] / 4:
+        print("other programs are running: PyTorch's threads then wait for one another, and ratios flatter us")
     print(report.HEADER)
 
     def say(row):

@@ -58,6 +58,8 @@ def chart(rows, machine, peers):
     ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
     ax.margins(x=0.12, y=0.01)
     ax.set_xlabel("ratio; green: target met, orange: missed, black tick: the target, gray: no target set")
     devices = sorted({facts["device"] for facts in peers.values()})
