@@ -59,9 +59,9 @@ def chart(rows, machine, peers):
     ax.invert_yaxis()
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="x", labelsize=8)
     ax.margins(x=0.12, y=0.01)
-    ax.set_xlabel("ratio; green: target met, orange: missed, black tick: the target, gray: no target set")
+    ax.set_xlabel("ratio; green: target met, orange: missed, gray: none set; black tick: the target", fontsize=8)
     devices = sorted({facts["device"] for facts in peers.values()})
     ax.set_title(f"{machine['cpu']}, {machine['cores']} cores; {', '.join(devices)}", fontsize=8)
     return figure
