@@ -3,7 +3,8 @@
     python experiments/train.py -config configs/nmnist.py -data_root DATA
     python experiments/train_val.py -config configs/nmnist.py -data_root DATA
 
-Made for the first 1000 training and 100 test recordings on two CPU cores; README.md says what was reached.
+Made for the first 1000 training and 100 test recordings on two CPU cores, with a learning rate to match: README.md says
+what was reached. configs/nmnist_paper.py has the paper's settings.
 """
 
 from plif_jax.config import Config
@@ -17,6 +18,7 @@ config = Config(
     T=10,
     channels=16,
     number_layer=2,
+    learning_rate=3e-3,
     max_epoch=15,
     T_max=15,
 )

@@ -76,7 +76,7 @@ class Neuron(nnx.Module):
         elif jnp.shape(v) != rest.shape:
             raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
         graphdef, params, other = nnx.split(self, nnx.Param, ...)
-        return _sequence(graphdef, params, other, jnp.asarray(v, rest.dtype), x)
+        return _run(graphdef, params, other, jnp.asarray(v, rest.dtype), x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
@@ -90,6 +90,12 @@ class Neuron(nnx.Module):
 def _scan(step, carry, xs, **kwargs):
     T = jax.tree.leaves(xs)[0].shape[0]
     return lax.scan(step, carry, xs, unroll=min(max(T, 1), MAX_UNROLL), **kwargs)
+
+
+# Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
+@partial(jax.jit, static_argnums=0)
+def _run(graphdef, params, other, v, x):
+    return _sequence(graphdef, params, other, v, x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
