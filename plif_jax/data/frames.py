@@ -58,17 +58,15 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
     durations = _durations(t_N, edges, T, split_by)
 
-    # The index of [y, x, p], then of [t, y, x, p]. Narrow and in place: fresh memory costs more than arithmetic here.
-    narrow = np.min_scalar_type(height * width * 2)
-    pixel_N = y_N.astype(narrow)
+    # The index of [y, x, p]. Narrow and in place: fresh memory costs more than arithmetic here.
+    pixel_N = y_N.astype(np.min_scalar_type(height * width * 2))
     for column_N, size in ((x_N, width), (on_N, 2)):
         pixel_N *= size
-        pixel_N += column_N.astype(narrow)
-    index_N = t_N  # the times have served
+        pixel_N += column_N.astype(pixel_N.dtype)
+    counts = np.empty((T, height * width * 2), np.int32)
     for j, events_of_j in enumerate(map(slice, edges, edges[1:])):
-        np.add(pixel_N[events_of_j], np.int64(j * height * width * 2), out=index_N[events_of_j])
-    counts = np.zeros((T, height, width, 2), np.int32)
-    np.add.at(counts.reshape(-1), index_N, np.int32(1))
+        counts[j] = np.bincount(pixel_N[events_of_j], minlength=height * width * 2)
+    counts = counts.reshape(T, height, width, 2)
 
     if normalization is None:
         return counts
