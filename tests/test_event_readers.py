@@ -59,12 +59,16 @@ def test_tonics_gesture_arrays_are_in_milliseconds(tmp_path):
     assert_same(event_readers.read(tmp_path / "3.npy"), events)
 
 
-def test_asl_dvs_matlab_files(tmp_path):
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float64, np.uint16])
+def test_asl_dvs_matlab_files(tmp_path, compressed, dtype):
+    """As SciPy writes them: its writer is not ours."""
     from scipy.io import savemat
 
-    events = random_events(5, 300, 180, 240)
+    events = random_events(5, 300, 180, 240, duration=60_000)
     columns = {"ts": events["t"], "x": 239 - events["x"], "y": 179 - events["y"], "pol": events["p"]}
-    savemat(tmp_path / "a_0001.mat", {name: column[:, None] for name, column in columns.items()})
+    columns = {name: column[:, None].astype(dtype) for name, column in columns.items()}
+    savemat(tmp_path / "a_0001.mat", columns, do_compression=compressed)
     assert_same(event_readers.read(tmp_path / "a_0001.mat"), events)
 
 
@@ -90,7 +94,7 @@ def truncated(name, cut):
         ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not a readable .npy recording"),
         ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),
         ("3.npy", lambda path: np.save(path, np.array([{"t": 1}])), "not a readable .npy recording"),
-        ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a readable .mat recording"),
+        ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a MATLAB level 5 file"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, damage, says):

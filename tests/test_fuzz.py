@@ -96,10 +96,11 @@ def npy(path):
     np.save(path, np.arange(400).reshape(100, 4))
 
 
-def mat(path):
+def mat(path, compressed=False):
     from scipy.io import savemat
 
-    savemat(path, {name: np.arange(50)[:, None] for name in ("ts", "x", "y", "pol")})
+    columns = {name: np.arange(50)[:, None] for name in ("ts", "x", "y", "pol")}
+    savemat(path, columns, do_compression=compressed)
 
 
 def aedat4(path):
@@ -116,6 +117,7 @@ def aedat4(path):
         ("4.aedat4", aedat4),
         ("5.npy", npy),
         ("6.mat", mat),
+        ("7.mat", partial(mat, compressed=True)),
     ],
 )
 @both_forms

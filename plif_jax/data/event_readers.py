@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tonic import io
 
+from plif_jax.data import matlab
 from plif_jax.errors import UserError
 
 EVENTS = np.dtype([("x", "i8"), ("y", "i8"), ("t", "i8"), ("p", "i8")])  # in the order that tonic fills it
@@ -39,7 +40,7 @@ def read(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: reading {path.suffix} files needs the package aedat: pip install aedat.") from None
     except UserError as error:
         raise UserError(f"{path}: {error}.") from None
-    except Exception as error:  # the readers of tonic, NumPy, SciPy and aedat fail in many ways on a damaged file
+    except Exception as error:  # the readers of tonic, NumPy and aedat fail in many ways on a damaged file
         raise UserError(f"{path}: not a readable {path.suffix} recording ({error}).") from None
 
 
@@ -125,11 +126,11 @@ def _npy(path):
 
 def _mat(path):
     """Read ASL-DVS: MATLAB columns ts, x, y, pol, the sensor's corner at the lower right."""
-    from scipy.io import loadmat  # only here: half a second
-
+    found = matlab.columns(path.read_bytes())
     names = ("ts", "x", "y", "pol")
-    columns = loadmat(path, variable_names=names)
-    t, x, y, p = (columns[name].ravel().astype(np.int64) for name in names)
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"the file has no column {missing[0]}")
+    t, x, y, p = (found[name].astype(np.int64) for name in names)
     return _events(t, 239 - x, 179 - y, p)
 
 
