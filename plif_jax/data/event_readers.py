@@ -116,6 +116,9 @@ def _aedat4(path):
 
 def _npy(path):
     """Read tonic's form of DVS128 Gesture: columns x, y, p and t in milliseconds."""
+    with path.open("rb") as file:
+        if file.read(8) != b"\x93NUMPY\x01\x00":  # later versions' headers may claim 4 GB for themselves
+            raise UserError("the file is not an array as NumPy saves it, version 1.0")
     # Mapped, for a damaged header may claim any size; never unpickled.
     columns = np.load(path, mmap_mode="r", allow_pickle=False)
     if columns.ndim != 2 or columns.shape[1] != 4:

@@ -33,10 +33,10 @@ def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
 
 def _read(path):
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [_point(line) for line in path.read_bytes().splitlines()]
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run: it has no {FILE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -108,7 +108,20 @@ def _read_valid(path):
     points = []
     try:
         for line in path.read_bytes().splitlines():
-            points.append(json.loads(line))
+            points.append(_point(line))
     except (FileNotFoundError, ValueError):
         pass
     return points
+
+
+def _point(line):
+    """A scalar from its line of JSON; ValueError if it is none."""
+    try:
+        point = json.loads(line)
+        tag, step = point["tag"], int(point["step"])
+        tag.encode()
+        if not 0 <= step < 2**63:
+            raise ValueError(f"step {step}")
+        return {"tag": tag, "step": step, "value": float(point["value"]), "time": float(point["time"])}
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{line[:80]!r} is not a scalar") from error

@@ -82,6 +82,8 @@ class Run:
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"])
+            if self.logs.points < self.progress["points"]:
+                say(f"{self.logs.path} was damaged: {self.logs.points} of {self.progress['points']} points are left")
             (config.run_dir / "config.json").write_text(config.to_json())
         self.started = time.monotonic() - self.progress["seconds"]
 
