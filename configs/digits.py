@@ -16,6 +16,6 @@ config = Config(
     channels=16,
     number_layer=2,
     learning_rate=3e-3,
-    max_epoch=10,
-    T_max=10,
+    max_epoch=8,
+    T_max=8,
 )
