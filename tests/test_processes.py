@@ -134,6 +134,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_both(together, shared, tmp_path)
 def test_a_mistake_ends_both_at_once(settings, shared, tmp_path):
     config = Config(**settings | {"log_dir_prefix": str(tmp_path), "batch_size": 6})
     with started(*as_processes(config), folder=tmp_path, devices=2) as programs:
-        assert [program.end() for program in programs] == [2, 2]
-    for program in programs:
-        assert "-batch_size 6 does not divide among 4 devices; give 4 or 8" in program.said()
+        codes = [program.end(within=120) for program in programs]
+    # Who is second may only see that the first is gone.
+    assert 2 in codes and 0 not in codes
+    said = programs[codes.index(2)].said()
+    assert "-batch_size 6 does not divide among 4 devices; give 4 or 8" in said and "Traceback" not in said
