@@ -90,7 +90,7 @@ def keep(name, settings):
     script, arguments, _ = ROWS[name]
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {
-        "command": f"python experiments/{script} {arguments} -data_root DATA",
+        "command": f"python experiments/{script} {arguments}" + " -data_root DATA" * (name != "digits"),
         "after": {str(epoch): curve[epoch - 1] for epoch in EPOCHS if epoch - 1 in curve},
         **{key: result[key] for key in FIGURES},
         "dataset": settings.dataset_name,
