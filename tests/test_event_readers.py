@@ -91,7 +91,7 @@ def truncated(name, cut):
         ("user1.aedat", truncated("user1.aedat", -410), "truncated: it ends inside a packet header"),
         ("c_1.aedat", lambda path: path.write_bytes(b"no header at all"), "not a readable .aedat recording"),
         ("c_1.aedat4", lambda path: path.write_bytes(b"#!AER-DAT4.0\r\n\x10"), "c_1.aedat4"),
-        ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not a readable .npy recording"),
+        ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not an array as NumPy saves it"),
         ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),
         ("3.npy", lambda path: np.save(path, np.array([{"t": 1}])), "not a readable .npy recording"),
         ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a MATLAB level 5 file"),
