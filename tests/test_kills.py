@@ -151,7 +151,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk):
+@pytest.mark.parametrize(
+    "room, says",
+    [(0, "No space left on device"), (200_000, "a checkpoint could not be written .* is of step")],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk, room, says):
+    """With room for nothing, and with room for the curves alone."""
     config, ballast = Config(**vars(whole) | {"log_dir_prefix": str(small_disk)}), small_disk / "ballast"
 
     def say(line):
@@ -159,8 +164,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk):
             with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
                 while True:
                     file.write(bytes(4096))
+            os.truncate(ballast, ballast.stat().st_size - room)
 
-    with pytest.raises(UserError, match=r"No space left on device") as refused:
+    with pytest.raises(UserError, match=says) as refused:
         loop.train(config, say=say)
     assert "\n" not in str(refused.value)
     assert max(saved(config)) >= 10
