@@ -63,6 +63,11 @@ def _kernel_gradient_by_image(x, g):
     return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1)
 
 
+def mean_over_devices(tree, axis_name):
+    """The mean over a mapped axis; of one device, or without an axis, what was given: `lax.pmean` would copy it."""
+    return tree if axis_name is None or lax.axis_size(axis_name) == 1 else lax.pmean(tree, axis_name)
+
+
 class BatchNorm(nnx.Module):
     """Batch normalisation of each timestep by its own statistics.
 
@@ -102,17 +107,14 @@ class BatchNorm(nnx.Module):
         count = x[0, ..., 0].size
         if self.axis_name is not None:
             count *= lax.axis_size(self.axis_name)
-        mean = self._average(x.mean(axes, keepdims=True))
+        mean = mean_over_devices(x.mean(axes, keepdims=True), self.axis_name)
         # Two passes over x: E[x^2] - mean^2 would cancel in float32.
-        var = self._average(jnp.square(x - mean).mean(axes, keepdims=True))
+        var = mean_over_devices(jnp.square(x - mean).mean(axes, keepdims=True), self.axis_name)
         mean_TC, var_TC = (lax.stop_gradient(s).reshape(x.shape[0], -1) for s in (mean, var))
         self._move(self.mean, mean_TC)
         # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
         self._move(self.var, var_TC * (count / max(count - 1, 1)))
         return mean, var
-
-    def _average(self, statistic):
-        return statistic if self.axis_name is None else lax.pmean(statistic, self.axis_name)
 
     def _move(self, running, new_TC):
         """T exponential moving averages in one sum: (1 - m)^T r + sum over t of m (1 - m)^(T-1-t) new[t]."""

@@ -21,7 +21,8 @@ from jax import lax
 from plif_jax import surrogate as surrogates
 from plif_jax.errors import UserError
 
-# Unrolled steps fuse into few passes over memory; past this many, compile time and code size win nothing more.
+# Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
+# the steps is slower than none: each part's inputs are copied.
 MAX_UNROLL = 32
 
 
@@ -89,7 +90,7 @@ class Neuron(nnx.Module):
 
 def _scan(step, carry, xs, **kwargs):
     T = jax.tree.leaves(xs)[0].shape[0]
-    return lax.scan(step, carry, xs, unroll=min(max(T, 1), MAX_UNROLL), **kwargs)
+    return lax.scan(step, carry, xs, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
 
 
 # Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.

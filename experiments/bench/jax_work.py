@@ -11,7 +11,7 @@ from flax import nnx
 
 from bench.limits import multiply_adds
 from bench.recordings import recording
-from plif_jax import neurons
+from plif_jax import cli, neurons
 from plif_jax.config import Config
 from plif_jax.data import frames
 from plif_jax.training import state, step
@@ -31,6 +31,7 @@ def build(spec):
         "frames": _frames,
         "epoch": _epoch,
     }
+    cli.keep_freed_memory()  # as every script does
     return kinds[spec["kind"]](spec)
 
 

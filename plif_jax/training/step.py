@@ -1,5 +1,6 @@
 """The pure train and evaluation steps, mapped over devices."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from flax import nnx
 from jax import lax
 
+from plif_jax import layers
 from plif_jax.data.augment import preprocess
 from plif_jax.training.state import AXIS, TrainState
 
@@ -49,6 +51,21 @@ def _scan(step, carry, xs):
     return carry, jax.tree.map(lambda leaf: leaf[None], y)
 
 
+def _choose(condition, yes, no, state):
+    """yes(state) or no(state): a branch on a CPU, where a choice by element copies the whole state.
+
+    Elsewhere the choice costs nothing, for it fuses with the update, and a branch would wait for the host.
+    """
+
+    def branch(state):
+        return lax.cond(condition, yes, no, state)
+
+    def by_element(state):
+        return jax.tree.map(partial(jnp.where, condition), yes(state), no(state))
+
+    return lax.platform_dependent(state, cpu=branch, default=by_element)
+
+
 def make_train(config, graphdef, optimizer, devices, data_axis):
     """Compiles K training steps in one dispatch.
 
@@ -63,16 +80,20 @@ def make_train(config, graphdef, optimizer, devices, data_axis):
         keys = sample_keys(config, state.step, positions)
         grad = jax.value_and_grad(partial(loss_of, config, graphdef), has_aux=True)
         (loss, (accuracy, batch_stats)), grads = grad(state.params, state.batch_stats, x[index_b], y[index_b], keys)
-        loss, accuracy, grads = lax.pmean((loss, accuracy, grads), AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        new = TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1, healthy)
-        old = TrainState(state.params, state.batch_stats, state.opt_state, state.step, healthy)
-        return jax.tree.map(partial(jnp.where, healthy), new, old), {
-            "loss": loss,
-            "accuracy": accuracy,
-            "healthy": healthy,
-        }
+        loss, accuracy, grads = layers.mean_over_devices((loss, accuracy, grads), AXIS)
+        # One infinite or undefined value makes the sum so.
+        healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(optax.tree.sum(grads))
+
+        def update(state):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(params, batch_stats, opt_state, state.step + 1, healthy)
+
+        def keep(state):
+            return replace(state, healthy=healthy)
+
+        state = _choose(healthy, update, keep, state)
+        return state, {"loss": loss, "accuracy": accuracy, "healthy": healthy}
 
     def train(state, x, y, index_Kb, asked):
         state, metrics = _scan(partial(train_step, x, y), state, index_Kb)
