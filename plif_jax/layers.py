@@ -5,8 +5,6 @@ Convolutions and linear layers need no time of their own: they see T * B as one 
 tie, or because the paper's program initialises as PyTorch does.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,51 +14,6 @@ from plif_jax.errors import UserError
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions and linear layers.
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-@jax.custom_vjp
-def conv3x3(x, kernel):
-    """3x3 convolution, padding 1, stride 1, of x [N, H, W, C] with kernel [3, 3, C, O]: [N, H, W, O].
-
-    On a CPU the kernel's gradient is summed image by image, its patches never leaving the cache: two to three times
-    faster than the one large convolution into which XLA turns it, which is used elsewhere.
-    """
-    return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _conv3x3_forward(x, kernel):
-    return conv3x3(x, kernel), (x, kernel)
-
-
-def _conv3x3_backward(residuals, g):
-    x, kernel = residuals
-    kernel_bar = lax.platform_dependent(x, g, cpu=_kernel_gradient_by_image, default=_kernel_gradient_by_convolution)
-    return conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar.astype(kernel.dtype)
-
-
-conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
-
-
-def _kernel_gradient_by_convolution(x, g):
-    kernel = jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    return jax.linear_transpose(lambda kernel: conv3x3.fun(x, kernel), kernel)(g)[0]
-
-
-def _kernel_gradient_by_image(x, g):
-    """Sum over images of g^T patches, a few small images at a time."""
-    N, H, W, features = g.shape
-    images = math.gcd(N, max(1, 512 // (H * W)))
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-
-    def add(total, some):
-        x, g = some
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        patches = jnp.concatenate([x[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], axis=-1)
-        return total + jnp.einsum("nhwo,nhwp->op", g, patches, preferred_element_type=dtype), None
-
-    chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]
-    total, _ = lax.scan(add, jnp.zeros((features, 9 * x.shape[-1]), dtype), chunks)
-    return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1)
 
 
 def mean_over_devices(tree, axis_name):

@@ -11,8 +11,9 @@ from flax import nnx
 
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
+from plif_jax.convolution import conv3x3
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout, avg_pool, conv3x3, max_pool, torch_default_init, vote
+from plif_jax.layers import BatchNorm, Dropout, avg_pool, max_pool, torch_default_init, vote
 
 
 class Pool(nnx.Module):

@@ -1,0 +1,46 @@
+"""The CPU's own arrangements of a 3x3 convolution against XLA's, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plif_jax import convolution
+
+
+def direct(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def operands(N, H, W, C, features, dtype=float):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (N, H, W, C), (3, 3, C, features), (N, H, W, features)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+# Even and odd sizes, images that do not divide into chunks, unequal channels; then too narrow and too small for tiles.
+@pytest.mark.parametrize(
+    "shape", [(4, 14, 14, 32, 32), (5, 9, 17, 40, 33), (24, 16, 16, 32, 64), (3, 8, 8, 2, 32), (2, 4, 4, 64, 64)]
+)
+def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
+    x, kernel, g = operands(*shape)
+    y, pull = jax.vjp(jax.jit(convolution.conv3x3), x, kernel)
+    wanted, wanted_pull = jax.vjp(direct, x, kernel)
+    np.testing.assert_allclose(y, wanted, atol=1e-13 * np.abs(wanted).max())
+    for gradient, want in zip(pull(g), wanted_pull(g), strict=True):
+        np.testing.assert_allclose(gradient, want, atol=1e-13 * np.abs(want).max())
+
+
+def test_rounding_in_float32_stays_near_that_of_the_direct_form(x64):
+    x, kernel, _ = operands(8, 14, 14, 128, 128)
+    exact = direct(x, kernel)
+    single = [operand.astype(jnp.float32) for operand in (x, kernel)]
+    ours, xlas = (np.abs(f(*single) - exact).max() for f in (convolution.conv3x3, direct))
+    assert ours < 4 * xlas, (ours, xlas)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_short_floats_are_not_transformed(dtype):
+    """Winograd's sums and differences would cost them bits."""
+    x, kernel, _ = operands(2, 14, 14, 32, 32, dtype)
+    np.testing.assert_array_equal(convolution.conv3x3(x, kernel), direct(x, kernel))
