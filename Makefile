@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python experiments/train.py -config configs/digits.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m faults

@@ -18,17 +18,18 @@ def operands(N, H, W, C, features, dtype=float):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-# Even and odd sizes, images that do not divide into chunks, unequal channels; then too narrow and too small for tiles.
-@pytest.mark.parametrize(
-    "shape", [(4, 14, 14, 32, 32), (5, 9, 17, 40, 33), (24, 16, 16, 32, 64), (3, 8, 8, 2, 32), (2, 4, 4, 64, 64)]
-)
+# Odd sizes and unequal channels; images in several chunks; too small for tiles.
+@pytest.mark.parametrize("shape", [(5, 9, 17, 40, 33), (24, 16, 16, 32, 32), (2, 4, 4, 64, 64)])
 def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
-    x, kernel, g = operands(*shape)
-    y, pull = jax.vjp(jax.jit(convolution.conv3x3), x, kernel)
-    wanted, wanted_pull = jax.vjp(direct, x, kernel)
-    np.testing.assert_allclose(y, wanted, atol=1e-13 * np.abs(wanted).max())
-    for gradient, want in zip(pull(g), wanted_pull(g), strict=True):
-        np.testing.assert_allclose(gradient, want, atol=1e-13 * np.abs(want).max())
+    def with_gradients(convolve):
+        def run(x, kernel, g):
+            y, pull = jax.vjp(convolve, x, kernel)
+            return y, *pull(g)
+
+        return jax.jit(run)(*operands(*shape))
+
+    for ours, xlas in zip(with_gradients(convolution.conv3x3), with_gradients(direct), strict=True):
+        np.testing.assert_allclose(ours, xlas, atol=1e-13 * np.abs(xlas).max())
 
 
 def test_rounding_in_float32_stays_near_that_of_the_direct_form(x64):

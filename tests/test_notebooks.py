@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+pytestmark = pytest.mark.xdist_group("notebooks")  # one worker: 5 reads the run that 3 has trained
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -15,9 +16,9 @@ def code_cells(path):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for all notebooks: the digits are recorded once."""
-    return tmp_path_factory.mktemp("cache")
+def folder(tmp_path_factory):
+    """One for all notebooks: the digits are recorded once, and what one has trained another finds."""
+    return tmp_path_factory.mktemp("notebooks")
 
 
 def test_there_are_five():
@@ -25,9 +26,9 @@ def test_there_are_five():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("PLIF_JAX_CACHE", str(cache))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_notebook_runs(path, folder, monkeypatch):
+    monkeypatch.setenv("PLIF_JAX_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     matplotlib.use("Agg")
     names = {"__name__": path.stem}
     for number, cell in code_cells(path):
