@@ -104,21 +104,26 @@ def _rates(bench, kind, names, batches, precisions, targets):
             reached, peak = (facts[n]["flops"] / statistics.median(seconds[n]) for n in ("ours", "matmul"))
             share = reached / peak
         for n in [n for n in seconds if n not in ("ours", "matmul")]:
-            target = targets.get(n.rsplit(" ", 1)[1]) if precision == "float32" or bench.gpu else None
+            target = targets(name).get(n.rsplit(" ", 1)[1]) if precision == "float32" or bench.gpu else None
             samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
             bench.tell(row(case, per_sample, "ours", n, target=target, rate_share=share, **samples))
 
 
 def train(bench, *, names, batches, precisions):
     """Training steps."""
-    on_cpu = {"multi-step": Target(1.6), "single-step": Target(2.5)}
-    on_gpu = {"multi-step": Target(2.0 if batches == [16] else 1.5)}
-    _rates(bench, "train", names, batches, precisions, on_gpu if bench.gpu else on_cpu)
+
+    def targets(name):
+        if bench.gpu:
+            return {"multi-step": Target(2.0 if batches == [16] else 1.5)}
+        # On a CPU the MNIST network alone has targets: the larger ones are one convolution after another.
+        return {"multi-step": Target(1.6), "single-step": Target(2.5)} if name in ("MNIST", "FashionMNIST") else {}
+
+    _rates(bench, "train", names, batches, precisions, targets)
 
 
 def infer(bench, *, names, batches, precisions):
     """Forward passes in evaluation mode."""
-    _rates(bench, "infer", names, batches, precisions, {"multi-step": Target(1.6)})
+    _rates(bench, "infer", names, batches, precisions, lambda name: {"multi-step": Target(1.6)})
 
 
 def frames(bench, *, recordings):
