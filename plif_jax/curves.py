@@ -30,7 +30,8 @@ def shades(n):
 
 def tau_of(w):
     """Membrane time constant in timesteps, tau = 1 / sigmoid(w) = 1 + exp(-w) (Fang et al., 2021, Eq. 8)."""
-    return 1 + np.exp(-np.asarray(w, np.float64))
+    with np.errstate(over="ignore"):  # a w that training has blown up: tau is infinite
+        return 1 + np.exp(-np.asarray(w, np.float64))
 
 
 def w_tags(metrics) -> list[str]:

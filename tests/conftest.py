@@ -1,11 +1,21 @@
-"""Four virtual CPU devices, set up before anything imports JAX; warnings of our own code are errors."""
+"""Four virtual CPU devices and one cache of compiled programs, set up before anything imports JAX.
+
+Warnings of our own code are errors.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# The workers of pytest-xdist and the programs that tests start find the cache of who set it up, and compile once.
+COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="plif_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -18,11 +28,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "faults: takes minutes; left out unless asked for, by `make test-faults`")
 
 
+def pytest_unconfigure():
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
+
+
 @pytest.fixture
 def x64():
     """Runs a test in float64, in which results are compared to 1e-9."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def back_to_float32():
+    """A run in float64 switches the whole process; no test leaves that to the next."""
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

@@ -45,8 +45,6 @@ class Program:
             "JAX_PLATFORMS": "cpu",
             "NPROC": "16",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
         }
         with self.output.open("a") as output:

@@ -22,15 +22,6 @@ from plif_jax.training import checkpoint, devices, evaluation, loop, signals, st
 from plif_jax.training.logs import read_metrics
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Programs that are compiled again and again are read from a cache."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A run of seconds: two channels, 40 digits."""

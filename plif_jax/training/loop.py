@@ -1,6 +1,5 @@
 """The training loop: epochs of steps, evaluation, logs and checkpoints."""
 
-import math
 import sys
 import time
 
@@ -11,6 +10,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from plif_jax import data
+from plif_jax.curves import tau_of
 from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.neurons import PLIF
@@ -227,9 +227,9 @@ class Run:
 
     def taus(self) -> dict[str, float]:
         """tau of every spiking layer now, in timesteps, by the layer's name."""
-        # On the host, 1 / sigmoid(w) = 1 + exp(-w): the arrays may span other processes' devices.
+        # On the host: the arrays may span other processes' devices.
         return {
-            name: 1 + math.exp(-float(neuron.w[...])) if isinstance(neuron, PLIF) else neuron.tau
+            name: float(tau_of(neuron.w[...])) if isinstance(neuron, PLIF) else neuron.tau
             for name, neuron in self._neurons().items()
         }
 
