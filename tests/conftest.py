@@ -12,9 +12,8 @@ os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores dea
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 # The workers of pytest-xdist and the programs that tests start find the cache of who set it up, and compile once.
-COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="plif_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="plif_jax_compiled_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -28,9 +27,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "faults: takes minutes; left out unless asked for, by `make test-faults`")
 
 
-def pytest_unconfigure():
-    if COMPILED:
-        shutil.rmtree(COMPILED, ignore_errors=True)
+def pytest_unconfigure(config):
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "plif_jax_compiled_" in compiled and not hasattr(config, "workerinput"):
+        shutil.rmtree(compiled, ignore_errors=True)
 
 
 @pytest.fixture
