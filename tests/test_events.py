@@ -115,7 +115,7 @@ def spoil(content):
     [
         (spoil(b"\x01" * 7), "truncated: 7 bytes"),
         (spoil(b""), "is empty"),
-        (spoil(bytes([34, 0, 0, 0, 1])), "x = 34 lies outside the sensor of 34 x 34"),
+        (spoil(bytes([34, 0, 0, 0, 1])), "x = 34 lies outside the sensor: x is 0 to 33"),
         (spoil(bytes([1, 1, 0, 0, 9, 1, 1, 0, 0, 8])), "out of order: event 1 at 8 us follows one at 9 us"),
         (spoil(bytes([0, 240, 0, 0, 9])), "no events"),
     ],

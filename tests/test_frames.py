@@ -85,7 +85,7 @@ def test_a_structured_array_of_narrow_unsigned_types():
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"x": [0, 40]}, "x = 40 lies outside the sensor of 32 x 24"),
+        ({"x": [0, 40]}, "x = 40 lies outside the sensor: x is 0 to 31"),
         ({"y": [24, 0]}, "y = 24 lies outside"),
         ({"y": [0, -1]}, "y = -1 lies outside"),
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),

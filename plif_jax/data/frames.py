@@ -10,6 +10,8 @@ from plif_jax.errors import UserError
 SPLIT_BY = ("number", "time")
 NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
 
+BLOCK = 1 << 14  # events at a time: what is made of them stays in the cache, and is no fresh memory
+
 EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
 
 
@@ -51,26 +53,15 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    t_N = np.array(events["t"], np.int64)
-    x_N, y_N = (np.ascontiguousarray(events[name]) for name in ("x", "y"))
-    on_N = np.asarray(events["p"]).astype(bool)
-    check_events(t_N, x_N, y_N, height, width)
+    t_N, x_N, y_N, p_N = (_integers(events[name]) for name in "txyp")
+    if len(t_N) == 0:
+        raise UserError("there are no events: frames need at least one.")
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
-    durations = _durations(t_N, edges, T, split_by)
-
-    # The index of [y, x, p]. Narrow and in place: fresh memory costs more than arithmetic here.
-    pixel_N = y_N.astype(np.min_scalar_type(height * width * 2))
-    for column_N, size in ((x_N, width), (on_N, 2)):
-        pixel_N *= size
-        pixel_N += column_N.astype(pixel_N.dtype)
-    counts = np.empty((T, height * width * 2), np.int32)
-    for j, events_of_j in enumerate(map(slice, edges, edges[1:])):
-        counts[j] = np.bincount(pixel_N[events_of_j], minlength=height * width * 2)
-    counts = counts.reshape(T, height, width, 2)
-
+    counts = _count(t_N, x_N, y_N, p_N, edges, height, width)
     if normalization is None:
         return counts
     if normalization == "frequency":
+        durations = _durations(t_N, edges, T, split_by)
         return counts / np.maximum(durations, 1)[:, None, None, None]
     return _normalize(counts, normalization)
 
@@ -87,19 +78,50 @@ def check_settings(T, split_by, normalization):
             raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
 
 
-def check_events(t_N, x_N, y_N, height, width):
-    """Raise UserError unless there are events, in order of time, inside a sensor of height x width pixels."""
-    if len(t_N) == 0:
-        raise UserError("there are no events: frames need at least one.")
-    for name, column_N, size in (("x", x_N, width), ("y", y_N, height)):
-        low, high = column_N.min(), column_N.max()
-        if not (low >= 0 and high < size):
-            outside = low if not low >= 0 else high
-            raise UserError(f"an event at {name} = {outside} lies outside the sensor of {width} x {height} pixels.")
-    backwards_N = t_N[1:] < t_N[:-1]
-    if backwards_N.any():
-        i = int(np.argmax(backwards_N)) + 1
-        raise UserError(f"events are out of order: event {i} at {t_N[i]} us follows one at {t_N[i - 1]} us.")
+def _integers(column):
+    """A column as signed integers; booleans, which only tell polarity, as they are."""
+    column = np.asarray(column)
+    return column if column.dtype.kind in "ib" else column.astype(np.int64)
+
+
+def _count(t_N, x_N, y_N, p_N, edges, height, width):
+    """Count the events between each two edges [T, height, width, 2], and check them on the way."""
+    counts_TP = np.zeros((len(edges) - 1, height * width * 2), np.int32)
+    one = np.int32(1)  # of the counts' own type, or `add.at` is ten times slower
+    x_B, y_B, p_B = np.empty((3, min(BLOCK, len(t_N))), np.int64)
+    for first in range(0, len(t_N), BLOCK):
+        block = slice(first, first + BLOCK)
+        _check_order(t_N[max(first - 1, 0) : block.stop], max(first - 1, 0))
+        x, pixel = (_inside(*column) for column in (("x", x_N[block], x_B, width), ("y", y_N[block], y_B, height)))
+        pixel *= width
+        pixel += x
+        pixel *= 2
+        on = p_B[: len(pixel)]
+        on[...] = p_N[block] != 0
+        pixel += on
+        for j in range(np.searchsorted(edges, first, "right") - 1, len(counts_TP)):
+            if edges[j] >= block.stop:
+                break
+            np.add.at(counts_TP[j], pixel[max(edges[j] - first, 0) : edges[j + 1] - first], one)
+    return counts_TP.reshape(-1, height, width, 2)
+
+
+def _inside(name, column_B, whole_B, size):
+    """Copy coordinates into `whole_B`; UserError unless all lie in 0 .. size - 1."""
+    inside_B = whole_B[: len(column_B)]
+    inside_B[...] = column_B
+    if inside_B.view(np.uint64).max() >= size:  # as which a negative number is a large one
+        outside = inside_B.min() if inside_B.min() < 0 else inside_B.max()
+        raise UserError(f"an event at {name} = {outside} lies outside the sensor: {name} is 0 to {size - 1} there.")
+    return inside_B
+
+
+def _check_order(t_B, first):
+    """UserError unless times do not decrease; `first` is the number of the first of them."""
+    backwards_B = t_B[1:] < t_B[:-1]
+    if backwards_B.any():
+        i = int(np.argmax(backwards_B)) + 1
+        raise UserError(f"events are out of order: event {first + i} at {t_B[i]} us follows one at {t_B[i - 1]} us.")
 
 
 def _edges_by_number(N, T):
