@@ -31,6 +31,29 @@ def test_a_part_of_nmnist(here):
     assert imread("NMNIST.png").shape[0] > 500
 
 
+def test_a_bad_recording_is_named(here):
+    write_nmnist(here / "data")
+    bad = here / "data" / "Train" / "0" / "2.bin"
+    bad.write_bytes(bytes([34, 0, 0, 0, 1]))
+    with pytest.raises(UserError, match=f"^{bad}: an event at x = 34 lies outside"):
+        checks.check("NMNIST", here / "data", here / "cache")
+
+
+@pytest.mark.parametrize("name", ["MNIST", "NMNIST"])
+def test_nothing_is_fetched_for_a_look(here, name):
+    with pytest.raises(UserError, match=f"{name} has not been fetched yet"):
+        checks.check(name, None, here / "cache")
+    with pytest.raises(UserError, match=r"Put ICCV2019_DVS_dataset\.zip"):
+        checks.check("ASLDVS", None, here / "cache")
+
+
+def test_a_picture_that_cannot_be_written_is_said(here):
+    write_nmnist(here / "data")
+    (here / "here" / "NMNIST.png").mkdir()
+    with pytest.raises(UserError, match=r"NMNIST\.png cannot be written: Is a directory"):
+        checks.check("NMNIST", here / "data", here / "cache")
+
+
 def test_whole_is_every_sample_of_both_halves():
     assert checks._summary("Digits", 1442, 355, (1442, 355))[0].endswith("whole")
     assert checks._summary("Digits", 1442, 354, (1442, 355))[0].endswith("in part")

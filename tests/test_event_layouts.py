@@ -1,5 +1,6 @@
 """Every layout in which users have the event data sets is found, split as published, in an order of its own."""
 
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -179,6 +180,54 @@ def test_the_same_recordings_elsewhere_share_the_cache(tmp_path):
     assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
 
 
+def test_an_archive_unpacked_again_gives_the_same_frames(tmp_path, monkeypatch):
+    """Frames are found again by their recordings' times, which the archive tells."""
+    write_nmnist(tmp_path / "made")
+    for split in ("Train", "Test"):
+        pack(tmp_path / "made" / split, tmp_path / f"{split}.zip")
+    for _ in range(2):
+        events.load("NMNIST", tmp_path, tmp_path / "cache", T=2, progress=False)
+        shutil.rmtree(tmp_path / "cache" / "unpacked")
+    assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
+
+
+def test_zips_in_zips_in_a_zip(tmp_path):
+    inner, content = "a/a_1.mat", b""
+    for archive in ("a.zip", "ICCV2019_DVS_dataset.zip", "ASLDVS.zip"):
+        with zipfile.ZipFile(tmp_path / archive, "w") as packed:
+            packed.writestr(inner, content)
+        inner, content = archive, (tmp_path / archive).read_bytes()
+    for archive in ("a.zip", "ICCV2019_DVS_dataset.zip"):
+        (tmp_path / archive).unlink()
+    assert numbers(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == [1]
+
+
+def test_a_damaged_zip_in_a_zip_is_named_by_both(tmp_path):
+    with zipfile.ZipFile(tmp_path / "CIFAR10DVS.zip", "w") as packed:
+        packed.writestr("cat.zip", b"no zip")
+    with pytest.raises(UserError, match=f"{tmp_path / 'CIFAR10DVS.zip'}: cat.zip: the archive is truncated or damaged"):
+        recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("labels.txt", b"0 12\n", "cannot be read as lines of number and class .class 12 is not one of 1 to 11"),
+        ("labels.txt", b"these are mine\n", "cannot be read as lines of number and class"),
+        ("labels.txt", b"\xff\xfe", "is not a text file"),
+        ("trials_to_train.txt", b"\xff\xfe", "is not a text file"),
+        ("a_labels.csv", b"class,start,end\n0,1,2\n", "class 0 is not one of 1 to 11"),
+    ],
+)
+def test_lists_of_gestures_that_are_none_are_named(tmp_path, file, content, says):
+    if file == "a_labels.csv":
+        (tmp_path / "trials_to_train.txt").write_text("a.aedat")
+        (tmp_path / "a.aedat").touch()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path / file}: .*{says}"):
+        recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+
+
 def truncate(archive):
     archive.write_bytes(archive.read_bytes()[:-300])
 
@@ -216,6 +265,8 @@ def test_an_archive_may_not_leave_its_folder(tmp_path, kind):
 
 def test_the_parts_of_a_large_frame_stay_small():
     settings = {"T": 20, "sensor": [128, 128]}
-    jobs = event_cache._jobs(Path("p"), [recordings.Recording(str(i), 0) for i in range(1000)], settings)
+    jobs = event_cache._jobs(
+        Path("p"), [recordings.Recording(str(i), 0) for i in range(1000)], settings, lambda path: []
+    )
     assert max(len(job["recordings"]) for job in jobs) * 20 * 128 * 128 * 2 <= event_cache.PART_BYTES
     assert [r for job in jobs for r in job["recordings"]] == [recordings.Recording(str(i), 0) for i in range(1000)]

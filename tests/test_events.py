@@ -129,7 +129,7 @@ def test_one_bad_file_among_many_is_named_and_the_rest_is_kept(data, parts_of_te
     with pytest.raises(UserError, match=says) as error:
         load(data)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
-    parts = list((data.parent / "cache").glob("frames/*/parts/*.npy"))
+    parts = list((data.parent / "cache").glob("frames/*.parts/*.npy"))
     assert len(parts) == 4, "all parts but the last"
     assert not list((data.parent / "cache").glob("frames/*/record.json"))
     bad.write_bytes(good)
@@ -138,14 +138,11 @@ def test_one_bad_file_among_many_is_named_and_the_rest_is_kept(data, parts_of_te
 
 def test_parts_that_are_made_are_not_made_again(data, parts_of_ten, monkeypatch):
     bad = data / "NMNIST" / "Test" / "9" / "10.bin"
-    stat = bad.stat()
     good, read, seen = bad.read_bytes(), event_readers.read_once, []
     bad.write_bytes(b"\xff" * len(good))  # outside the sensor
-    os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(UserError):
         load(data)
     bad.write_bytes(good)
-    os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     monkeypatch.setattr(event_readers, "read_once", lambda path: seen.append(path) or read.__wrapped__(path))
     dataset = load(data)
     assert len(seen) == 10, "one part of five"
@@ -162,15 +159,13 @@ def test_a_damaged_cache_is_made_anew(data, file):
 
 def test_a_damaged_part_is_made_anew(data, parts_of_ten):
     bad = data / "NMNIST" / "Test" / "9" / "10.bin"
-    stat, good = bad.stat(), bad.read_bytes()
+    good = bad.read_bytes()
     bad.write_bytes(b"\xff" * len(good))
-    os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(UserError):
         load(data)
-    part = min((data.parent / "cache").glob("frames/*/parts/*.npy"))
+    part = min((data.parent / "cache").glob("frames/*.parts/*.npy"))
     part.write_bytes(part.read_bytes()[:-5])
     bad.write_bytes(good)
-    os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     np.testing.assert_array_equal(load(data).test.x[0], expected_frames(data / "NMNIST" / "Test" / "0" / "2.bin"))
 
 
@@ -185,7 +180,33 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(data, parts_of_
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
     kept = sorted(file.name for file in (data.parent / "cache").glob("frames/*/**/*") if file.is_file())
-    assert len(kept) == 5 and all(name.endswith("0.npy") for name in kept), kept
+    assert len(kept) == 5 and all(name.endswith(".npy") and "train" not in name for name in kept), kept
+    assert load(data).train.found == 30
+
+
+def test_more_parts_than_a_program_may_open(data, parts_of_ten, monkeypatch):
+    monkeypatch.setattr(event_cache, "PART_RECORDINGS", 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, hard))
+    try:
+        assert load(data).train.found == 30
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_recording_that_is_gone_is_named(data):
+    gone = data / "NMNIST" / "Train" / "0" / "2.bin"
+    gone.unlink()
+    gone.symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^{gone} cannot be read: No such file or directory"):
+        load(data)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"bytes": 1}'])
+def test_a_record_that_is_none_is_made_anew(data, content):
+    load(data)
+    (record,) = (data.parent / "cache").glob("frames/*/record.json")
+    record.write_text(content)
     assert load(data).train.found == 30
 
 
@@ -207,14 +228,14 @@ def run_script(data, alone=0, **options):
 def test_a_killed_preparation_goes_on(data):
     cache = data.parent / "cache"
     killed = run_script(data)
-    while killed.poll() is None and len(list(cache.glob("frames/*/parts/*.npy"))) < 2:
+    while killed.poll() is None and len(list(cache.glob("frames/*.parts/*.npy"))) < 2:
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     again = run_script(data)
     out, err = again.communicate(timeout=60)
     assert "sum 6000" in out, err
-    assert not list(cache.glob("frames/*/parts")) and not list(cache.rglob("*.partial"))
+    assert not list(cache.glob("frames/*.parts")) and not list(cache.rglob("*.partial"))
 
 
 def test_two_programs_may_prepare_the_same_set_at_once(data):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,30 +30,43 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             print(f"unpacking {archive} into {folder}", flush=True)
             try:
-                _unpack(archive, partial)
-                for inner in sorted(partial.rglob("*.zip")):
-                    _unpack(inner, inner.parent)
-                    inner.unlink()
+                _unpack(archive, partial, archive)
+                for _ in range(2):  # the zips in it, and those in them
+                    for inner in sorted(partial.rglob("*.zip")):
+                        _unpack(inner, inner.parent, f"{archive}: {inner.relative_to(partial)}")
+                        inner.unlink()
                 os.rename(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _unpack(archive, folder):
-    """Unpack one archive into a folder."""
+def _unpack(archive, folder, name):
+    """Unpack one archive, which people know by `name`, into a folder."""
+    with storage.reading(name):
+        file = archive.open("rb")
     try:
-        with storage.writing(folder):
-            if zipfile.is_zipfile(archive) or archive.suffix == ".zip":
-                with zipfile.ZipFile(archive) as packed:
-                    for name in packed.namelist():
-                        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                            raise UserError(f"{archive}: the name {name!r} in it leads out of the archive.")
-                    packed.extractall(folder)
+        with file, storage.writing(folder):
+            if zipfile.is_zipfile(file) or archive.suffix == ".zip":
+                with zipfile.ZipFile(file) as packed:
+                    _unpack_zip(packed, folder)
             else:
-                with tarfile.open(archive) as packed:
+                file.seek(0)
+                with tarfile.open(fileobj=file) as packed:
                     packed.extractall(folder, filter="data")  # refuses names that lead out, links, devices
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except tarfile.FilterError as error:
-        raise UserError(f"{archive}: {error}.") from None
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, OSError) as error:
-        raise UserError(f"{archive}: the archive is truncated or damaged ({error}): fetch it again.") from None
+        raise UserError(f"{name}: {error}.") from None
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{name}: the archive is truncated or damaged ({error}): fetch it again.") from None
+
+
+def _unpack_zip(packed, folder):
+    """Unpack a zip; its files get the times that it tells, so that unpacked again they are the same files."""
+    for info in packed.infolist():
+        if not (folder / info.filename).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"the name {info.filename!r} in it leads out of the archive.")
+        path = packed.extract(info, folder)
+        changed = time.mktime((*info.date_time, 0, 0, -1))
+        os.utime(path, (changed, changed))

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.catalog import DATASETS
-from plif_jax.data import event_readers, events, frames, images, recordings
+from plif_jax.data import downloads, event_cache, events, images, recordings, storage
 from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError
 
 SAMPLES = 10  # shown, spread over the classes
 SHOWN_FRAMES = 8  # of each event recording
 ON, OFF = np.array([0.84, 0.37, 0.0]), np.array([0.0, 0.45, 0.70])  # told apart with any colour vision (Okabe and Ito)
+NOT_FETCHED = (
+    "{name} has not been fetched yet: its first use in training fetches it into {folder}; "
+    "if you have it, give -data_root, the folder with your data sets."
+)
 QUARTER_TURNS = {"CIFAR10DVS": -1}  # its recordings lie on their side, and the paper's program leaves them so
 
 
@@ -31,34 +35,31 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
         raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
-    _draw(rows, labels, title, f"{name}.png")
+    with storage.writing(Path(f"{name}.png").resolve()):
+        _draw(rows, labels, title, f"{name}.png")
     return "\n".join([*lines, f"a few samples: {Path(f'{name}.png').resolve()}"])
 
 
 def _events(name, data_root, cache_dir):
     """Describe recordings, and integrate a few into rows of frames [H, T W, 3]."""
-    downloads = cache_dir / "downloads" / name
     if name != "Digits" and data_root is None:
-        if not downloads.is_dir():
-            raise UserError(
-                f"{name} has not been fetched yet: its first use in training fetches it into {downloads}; "
-                "if you have it, give -data_root, the folder with your data sets."
-            )
-        data_root = downloads
+        data_root = cache_dir / "downloads" / name
+        if name not in downloads.ARCHIVES:
+            raise UserError(downloads.BY_HAND[name])
+        if not data_root.is_dir():
+            raise UserError(NOT_FETCHED.format(name=name, folder=data_root))
     found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
     if found is None:
         raise UserError(f"no recordings of {name} are in {data_root}.")
     files = {recording.path for recording in found.train + found.test}
     lines = _summary(name, len(found.train), len(found.test), found.expected)
-    lines.append(f"{len(files)} files, {sum(map(os.path.getsize, files)) / 1e6:.1f} MB, in {found.folder}")
+    with storage.reading(found.folder):
+        size = sum(map(os.path.getsize, files))
+    lines.append(f"{len(files)} files, {size / 1e6:.1f} MB, in {found.folder}")
     chosen = _spread(found.train or found.test)
-    height, width = DATASETS[name].shape[:2]
     rows = []
-    for path, _, start, end in chosen:
-        sample = event_readers.read_once(path)
-        if end is not None:
-            sample = sample[(sample["t"] >= start) & (sample["t"] < end)]
-        counts_THWC = frames.integrate(sample, height, width, SHOWN_FRAMES)
+    for recording in chosen:
+        counts_THWC = event_cache.integrate(recording, DATASETS[name].shape[:2], SHOWN_FRAMES)
         shown = np.rot90(counts_THWC, QUARTER_TURNS.get(name, 0), axes=(1, 2))
         rows.append(np.concatenate(list(two_colours(shown)), axis=1))
     turned = ", shown a quarter turn clockwise" if name in QUARTER_TURNS else ""
@@ -72,6 +73,8 @@ def _events(name, data_root, cache_dir):
 
 def _images(name, data_root, cache_dir):
     """Describe images, and lay out a row of each of a few classes."""
+    if data_root is None and not images.is_prepared(name, cache_dir):
+        raise UserError(NOT_FETCHED.format(name=name, folder=cache_dir))
     dataset = images.load(name, data_root, cache_dir)
     train, test = dataset.train, dataset.test
     lines = _summary(name, train.found, test.found, (train.expected, test.expected))

@@ -36,8 +36,11 @@ def ensure(cache_dir):
     with storage.locked(folder.with_suffix(".lock")), storage.writing(folder):
         if not folder.exists():
             shutil.rmtree(partial, ignore_errors=True)
-            _write_all(partial)
-            os.rename(partial, folder)
+            try:
+                _write_all(partial)
+                os.rename(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Fetching the archives of the event data sets, and saying what to do where that cannot work."""
 
+import http.client
 import os
 import urllib.error
 from pathlib import Path
@@ -74,14 +75,20 @@ def fetch(name: str, cache_dir: Path) -> Path:
     if name not in ARCHIVES:
         raise UserError(BY_HAND[name])
     folder = Path(cache_dir) / "downloads" / name
-    with storage.locked(folder.with_name(name + ".lock")):
-        with storage.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        missing = [archive for archive in ARCHIVES[name] if not (folder / archive.name).is_file()]
-        if missing:
-            print(BY_HAND.get(name, f"{name}: fetching {len(missing)} archives"), f"They go to {folder}.", flush=True)
-        for archive in missing:
-            _fetch(archive, folder)
+
+    def missing():
+        return [archive for archive in ARCHIVES[name] if not (folder / archive.name).is_file()]
+
+    if missing():
+        with storage.locked(folder.with_name(name + ".lock")):
+            with storage.writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            what = BY_HAND.get(name, f"{name}: fetching {', '.join(archive.name for archive in missing())}.")
+            print(what, f"They go to {folder}.", flush=True)
+            for archive in missing():
+                _fetch(archive, folder)
+            size = sum((folder / archive.name).stat().st_size for archive in ARCHIVES[name])
+            print(f"{name}: {size / 1e6:.0f} MB of archives are in {folder}", flush=True)
     return folder
 
 
@@ -97,7 +104,7 @@ def _fetch(archive, folder):
         if not check_md5(str(partial), archive.md5):
             raise UserError(f"the answer, {partial.stat().st_size} bytes, has not the md5 {archive.md5}")
         os.replace(partial, folder / archive.name)
-    except (urllib.error.URLError, OSError, RuntimeError, UserError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError, UserError) as error:
         raise UserError(
             f"{archive.name} could not be fetched from {archive.url}: {error}. "
             f"Fetch it with a browser and put it into {folder}, or give -data_root, the folder with your data sets."

@@ -1,8 +1,8 @@
 """Recordings to arrays of frames on disk: prepared once, by all cores, and never half.
 
 A prepared set is a folder with `train.npy`, `test.npy` and `record.json`, which says what they were made from. It is
-made in parts of some hundred recordings: a part is a whole file or none, and an interrupted preparation goes on from
-the parts that are there.
+made in parts of some hundred recordings, each named after them: a part is a whole file or none, and an interrupted
+preparation goes on from the parts that are there, also where a recording between them has been mended.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +47,18 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
         UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.
     """
     settings = {"T": T, "split_by": split_by, "normalization": normalization, "sensor": list(sensor)}
+    stat = lru_cache(maxsize=None)(_stat)
     record = {"format": FORMAT, **settings} | {
-        split: {"recordings": len(ours), "sha256": _digest(ours)} for split, ours in recordings.items()
+        split: {"recordings": len(ours), "sha256": _digest(ours, stat)} for split, ours in recordings.items()
     }
     key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
-    folder = Path(cache_dir) / "frames" / f"{name}_T_{T}_split_by_{split_by}_normalization_{normalization}_{key}"
+    parts = Path(cache_dir) / "frames" / f"{name}_T_{T}_split_by_{split_by}_normalization_{normalization}.parts"
+    folder = parts.with_name(f"{parts.stem}_{key}")
     if not _complete(folder):
-        with storage.locked(folder.with_name(folder.name + ".lock")):
+        with storage.locked(parts.with_suffix(".lock")):
             if not _complete(folder):
-                _make(folder, recordings, settings, record, progress and name)
+                jobs = {split: _jobs(parts, ours, settings, stat) for split, ours in recordings.items()}
+                _make(folder, parts, jobs, record, progress and name)
     return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in recordings}, folder
 
 
@@ -64,34 +68,41 @@ def make_part(job):
     Args:
         job: {"path", "recordings", "T", "split_by", "normalization", "sensor"}, as JSON can carry it.
     """
-    height, width = job["sensor"]
-    normalization = job["normalization"]
-    dtype = np.uint8 if normalization is None else np.float32
-    part = np.empty((len(job["recordings"]), job["T"], height, width, 2), dtype)
-    for i, (path, _, start, end) in enumerate(job["recordings"]):
-        events = event_readers.read_once(path)
-        if end is not None:
-            events = events[(events["t"] >= start) & (events["t"] < end)]
-        try:
-            x_THWC = frames.integrate(events, height, width, job["T"], job["split_by"], normalization)
-        except UserError as error:
-            cut = "" if end is None else f" between {start} and {end} us"
-            raise UserError(f"{path}{cut}: {error}") from None
-        if normalization is None and x_THWC.max() > np.iinfo(part.dtype).max:
+    dtype = np.uint8 if job["normalization"] is None else np.float32
+    part = np.empty((len(job["recordings"]), job["T"], *job["sensor"], 2), dtype)
+    for i, recording in enumerate(job["recordings"]):
+        x_THWC = integrate(recording, job["sensor"], job["T"], job["split_by"], job["normalization"])
+        if job["normalization"] is None and x_THWC.max() > np.iinfo(part.dtype).max:
             part = part.astype(np.min_scalar_type(x_THWC.max()))
         part[i] = x_THWC
-    storage.save(job["path"], [part])
+    storage.save(job["path"], part)
 
 
-def _digest(recordings):
-    """Digest which recordings these are: name, size, time of change, label and cut of each, not where they lie."""
-    digest = hashlib.sha256()
-    stats = {}
+def integrate(recording, sensor, T, split_by="number", normalization=None):
+    """The frames of one `recordings.Recording`; a UserError names its file."""
+    path, _, start, end = recording
+    events = event_readers.read_once(path)
+    if end is not None:
+        events = events[(events["t"] >= start) & (events["t"] < end)]
+    try:
+        return frames.integrate(events, *sensor, T, split_by, normalization)
+    except UserError as error:
+        cut = "" if end is None else f" between {start} and {end} us"
+        raise UserError(f"{path}{cut}: {error}") from None
+
+
+def _stat(path):
+    """What tells a file from another of its name: its last three names, size and time of change, not where it lies."""
+    with storage.reading(path):
+        stat = os.stat(path)
+    return [*Path(path).parts[-3:], stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(recordings, stat, *more):
+    """Digest which recordings these are, with the label and the cut of each, and what `more` there is to tell."""
+    digest = hashlib.sha256(json.dumps(more).encode())
     for path, *rest in recordings:
-        if path not in stats:
-            stat = os.stat(path)
-            stats[path] = [*Path(path).parts[-3:], stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps([*stats[path], *rest]).encode())
+        digest.update(json.dumps([*stat(path), *rest]).encode())
     return digest.hexdigest()
 
 
@@ -100,45 +111,47 @@ def _complete(folder):
     try:
         sizes = json.loads((folder / "record.json").read_text())["bytes"]
         return all((folder / file).stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _make(folder, recordings, settings, record, name):
+def _make(folder, parts, jobs, record, name):
     """Make the parts that are missing, join them, and write the record last; `name` titles the bar, False: none."""
     with storage.writing(folder):
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob("**/*.partial"):  # of a killed program: we hold the lock
-        partial.unlink()
-    jobs = {split: _jobs(folder / "parts" / split, ours, settings) for split, ours in recordings.items()}
-    total = sum(map(len, recordings.values()))
+        parts.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+    for partial in [*parts.glob("*.partial"), *folder.glob("*.partial")]:  # of a killed program: we hold the lock
+        partial.unlink(missing_ok=True)
+    every = [job for ours in jobs.values() for job in ours]
+    total = sum(len(job["recordings"]) for job in every)
     with tqdm(total=total, desc=f"preparing {name}", unit=" recordings", disable=not name) as bar:
         missing = []
-        for job in [*jobs["train"], *jobs["test"]]:
+        for job in every:
             if _is_made(job):
                 bar.update(len(job["recordings"]))
             else:
                 missing.append(job)
         _run(missing, lambda job: bar.update(len(job["recordings"])))
     sizes = {}
-    for split in recordings:
-        storage.save(folder / f"{split}.npy", [np.load(job["path"], mmap_mode="r") for job in jobs[split]])
+    for split, ours in jobs.items():
+        storage.join(folder / f"{split}.npy", [job["path"] for job in ours])
         sizes[f"{split}.npy"] = (folder / f"{split}.npy").stat().st_size
     versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
     with storage.replacing(folder / "record.json") as file:
         file.write(json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2).encode())
-    shutil.rmtree(folder / "parts")
+    shutil.rmtree(parts, ignore_errors=True)  # a killed program's worker may still be at one
     if name:
         print(f"{name}: frames are kept in {folder}, {sum(sizes.values()) / 1e6:.0f} MB")
 
 
-def _jobs(prefix, recordings, settings):
+def _jobs(folder, recordings, settings, stat):
     """Divide recordings into parts."""
     bytes_each = settings["T"] * settings["sensor"][0] * settings["sensor"][1] * 2
     size = max(1, min(PART_RECORDINGS, PART_BYTES // bytes_each))
+    parts = [recordings[first : first + size] for first in range(0, len(recordings), size)]
     return [
-        {"path": f"{prefix}-{first:06d}.npy", "recordings": recordings[first : first + size], **settings}
-        for first in range(0, len(recordings), size)
+        {"path": str(folder / f"{_digest(ours, stat, FORMAT, settings['sensor'])}.npy"), "recordings": ours, **settings}
+        for ours in parts
     ]
 
 

@@ -35,7 +35,7 @@ def read(path: str | Path) -> np.ndarray:
     try:
         if path.stat().st_size == 0:
             raise UserError("the file is empty")
-        return READERS[path.suffix](path)
+        return READERS[path.suffix.lower()](path)
     except ImportError:
         raise UserError(f"{path}: reading {path.suffix} files needs the package aedat: pip install aedat.") from None
     except UserError as error:

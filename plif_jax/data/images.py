@@ -19,7 +19,7 @@ def load(
     through tensorflow-datasets (`tfds_builders`). Both ways give the same arrays in the same order.
 
     Under `data_root` the files may lie in the folder itself or below it in folders called as the set is, in any case
-    and with or without `-` and `_`: `MNIST/MNIST/raw`, `fashion_mnist`, `CIFAR10/cifar-10-batches-py`. The first folder
+    and with or without punctuation: `MNIST/MNIST/raw`, `fashion_mnist`, `CIFAR10/cifar-10-batches-py`. The first folder
     with an official file is taken, and what it lacks is lacking: see `Split.found`.
 
     Args:
@@ -48,6 +48,13 @@ def load(
     return Dataset(name, train, test, source=str(folder))
 
 
+def is_prepared(name: str, cache_dir: Path) -> bool:
+    """Whether a set's record files are there, so that nothing need be downloaded."""
+    from plif_jax.data import tfds_builders
+
+    return tfds_builders.find(name, cache_dir).data_path.exists()
+
+
 def _find(name: str, root: Path) -> tuple[Path | None, dict[str, Path]]:
     """The first folder under root with official files of the set, and those files by name."""
     if not root.is_dir():
@@ -63,6 +70,6 @@ def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
     """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
     telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
     for child in sorted(root.iterdir()) if depth else ():
-        if re.sub("[-_]", "", child.name.lower()) in telling and child.is_dir():
+        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
             yield from _folders(name, child, depth - 1)
     yield root

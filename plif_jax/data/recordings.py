@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plif_jax.data import archives
+from plif_jax.catalog import DATASETS
+from plif_jax.data import archives, storage
 from plif_jax.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -61,7 +62,8 @@ def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: s
     if not root.is_dir():
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out.")
     for folder in _folders(name, root, depth=3):
-        splits = FINDERS[name](folder, Path(cache_dir))
+        with storage.reading(folder):
+            splits = FINDERS[name](folder, Path(cache_dir))
         if splits is not None:
             train, test, *expected = splits
             if name == "CIFAR10DVS":
@@ -88,7 +90,8 @@ def split_cifar10dvs(recordings, split):
 def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
     """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
     telling = FOLDERS.get(name, set()) | INNER
-    for child in sorted(root.iterdir()) if depth else ():
+    # What lies unpacked is looked at before a "download" of the same.
+    for child in sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ():
         if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
             yield from _folders(name, child, depth - 1)
     yield root
@@ -102,7 +105,7 @@ def _child(folder: Path, name: str) -> Path | None:
 def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | None:
     """The folder `name` in a folder, or in the archive that lies there in its place, unpacked."""
     child = _child(folder, name)
-    if child is not None and child.is_dir():
+    if child is not None and child.is_dir() and any(child.iterdir()):
         return child
     packed = _child(folder, archive)
     return packed and _child(archives.unpacked(packed, cache_dir), name)
@@ -162,16 +165,15 @@ def _dvs128_gesture(folder, cache_dir):
 def _trials(folder, trials):
     """The samples of the recordings that a trial list names, cut as their label files say."""
     samples = []
-    for name in trials.read_text().split() if trials.is_file() else ():
+    for name in _text(trials).split() if trials.is_file() else ():
         recording, labels = folder / name, folder / f"{Path(name).stem}_labels.csv"
         if not recording.is_file():
             continue  # an incomplete set
         try:
             rows = np.loadtxt(labels, np.int64, delimiter=",", skiprows=1, ndmin=2)
-            samples += [
-                (int(label) - 1, name, Recording(str(recording), int(label) - 1, int(start), int(end)))
-                for label, start, end in rows
-            ]
+            for number, start, end in rows:
+                label = _gesture(number)
+                samples.append((label, name, Recording(str(recording), label, int(start), int(end))))
         except (OSError, ValueError) as error:
             raise UserError(f"{labels}: cannot be read as class, startTime_usec, endTime_usec ({error}).") from None
     samples.sort(key=lambda sample: sample[:2])  # stable: a gesture shown twice keeps its order
@@ -186,9 +188,29 @@ def _recut(folder, label):
 
 def _listed(folder, labels):
     """The 5-byte recordings that a list of `<number> <class from 1>` names."""
-    rows = [line.split()[:2] for line in labels.read_text().splitlines() if line.strip() and line[0] != "#"]
-    samples = [(int(label) - 1, int(number)) for number, label in rows]
-    return [Recording(str(folder / f"{number}.bs2"), label) for label, number in sorted(samples)]
+    rows = [line.split()[:2] for line in _text(labels).splitlines() if line.strip() and line[0] != "#"]
+    try:
+        samples = sorted((_gesture(label), int(number)) for number, label in rows)
+    except ValueError as error:
+        raise UserError(f"{labels}: cannot be read as lines of number and class ({error}).") from None
+    files = [(folder / f"{number}.bs2", label) for label, number in samples]
+    return [Recording(str(file), label) for file, label in files if file.is_file()]
+
+
+def _gesture(number):
+    """The label of a gesture, which the files count from 1; ValueError if there is no such gesture."""
+    classes = DATASETS["DVS128Gesture"].classes
+    if not 1 <= int(number) <= classes:
+        raise ValueError(f"class {number} is not one of 1 to {classes}")
+    return int(number) - 1
+
+
+def _text(path):
+    """A text file's content."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file.") from None
 
 
 def _asldvs(folder, cache_dir):

@@ -1,7 +1,6 @@
 """Writing to a cache that several programs share: one writer at a time, whole files or none."""
 
 import contextlib
-import errno
 import fcntl
 import os
 from pathlib import Path
@@ -38,7 +37,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
+        if error.errno is None:  # not the system but a library, of what it was reading
             raise
         raise UserError(
             f"{path} cannot be written: {error.strerror}. "
@@ -63,12 +62,38 @@ def replacing(path):
             partial.unlink(missing_ok=True)
 
 
-def save(path, parts):
-    """Save arrays, one after the other along their first axis, as the one array file `path`: all of it or nothing."""
-    dtype = np.result_type(*parts)
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+@contextlib.contextmanager
+def reading(path):
+    """Turn the system's refusal to read at `path`, or what it names more closely, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+
+
+def save(path, array):
+    """Save an array as the array file `path`: all of it or nothing."""
+    _write(path, array.dtype, array.shape, [array])
+
+
+def join(path, files):
+    """Save the arrays of files, one after the other along their first axis, as the one array file `path`.
+
+    One is open at a time: there may be more of them than a program may open.
+    """
+    dtypes, lengths, shapes = zip(*((a.dtype, len(a), a.shape[1:]) for a in map(_mapped, files)), strict=True)
+    _write(path, np.result_type(*dtypes), (sum(lengths), *shapes[0]), map(_mapped, files))
+
+
+def _mapped(file):
+    """An array file, mapped into memory."""
+    return np.load(file, mmap_mode="r")
+
+
+def _write(path, dtype, shape, arrays):
+    """Write one array file from arrays that follow each other."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:  # not with tofile, which hides that a disk is full
-            file.write(np.ascontiguousarray(part, dtype).data)
+        for array in arrays:  # not with tofile, which hides that a disk is full
+            file.write(np.ascontiguousarray(array, dtype).data)

@@ -97,18 +97,27 @@ def load(name: str, cache_dir: Path, *, progress: bool = True) -> tuple[dict[str
         UserError: if a download fails or is not the official file, if the folder cannot be written or is full, or if
             the record files are damaged.
     """
-    home = cache_dir.expanduser().absolute() / "tensorflow_datasets"
-    builder = Images(config=name, data_dir=home)
+    builder = find(name, cache_dir)
     if not builder.data_path.exists():
-        builder = _prepare(name, home, progress)
+        builder = _prepare(name, cache_dir, progress)
     folder = Path(builder.data_path)
     return {split: _read(builder, split, folder) for split in image_files.EXPECTED[name]}, folder
 
 
-def _prepare(name: str, home: Path, progress: bool) -> "Images":
+def find(name: str, cache_dir: Path) -> "Images":
+    """The builder of a set; its `data_path` exists where the set is prepared."""
+    return Images(config=name, data_dir=_home(cache_dir))
+
+
+def _home(cache_dir):
+    return cache_dir.expanduser().absolute() / "tensorflow_datasets"
+
+
+def _prepare(name: str, cache_dir: Path, progress: bool) -> "Images":
     """Downloads a set and writes its record files, unless another program has just done it."""
+    home = _home(cache_dir)
     with storage.locked(home / f"{name}.lock"), storage.writing(home):
-        builder = Images(config=name, data_dir=home)
+        builder = find(name, cache_dir)
         if not builder.data_path.exists():
             downloads = home / "downloads" / name
             for leftover in (*Path(builder.data_path).parent.glob("incomplete.*"), *downloads.glob("**/*.tmp.*")):
