@@ -77,6 +77,12 @@ class BatchNorm(nnx.Module):
         running[...] = keep**T * running[...] + weights_T @ new_TC
 
 
+def dropout_key(rngs):
+    """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, or nnx.Rngs."""
+    key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
 class Dropout(nnx.Module):
     """Dropout whose mask is drawn once per sample and held for all T timesteps; kept values are scaled by 1/(1-rate).
 
@@ -98,9 +104,8 @@ class Dropout(nnx.Module):
                 "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)), "
                 "or switch it off with net.set_attributes(deterministic=True)"
             )
-        if isinstance(rngs, nnx.Rngs):
-            rngs = rngs.dropout()
-        keys_B = rngs if rngs.ndim else jax.random.split(rngs, x_TBF.shape[1])
+        keys = dropout_key(rngs)
+        keys_B = keys if keys.ndim else jax.random.split(keys, x_TBF.shape[1])
         keep_BF = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_TBF.shape[2:]))(keys_B)
         return jnp.where(keep_BF, x_TBF / (1 - self.rate), 0)
 

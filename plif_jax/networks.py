@@ -5,15 +5,18 @@ layer by layer. The entries are builders: given the shape that reaches it, each 
 that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import conv3x3
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout, avg_pool, max_pool, torch_default_init, vote
+from plif_jax.layers import BatchNorm, Dropout, avg_pool, dropout_key, max_pool, torch_default_init, vote
 
 
 class Pool(nnx.Module):
@@ -81,12 +84,25 @@ def linear(features=None):
             use_bias=False,
             kernel_init=torch_default_init,
             dtype=net.dtype,
+            dot_general=_dot,
             param_dtype=float,
             rngs=rngs,
         )
         return layer, (n_out,)
 
     return build
+
+
+def _dot(x, kernel, dimensions, **kwargs):
+    """`lax.dot_general`, where a row alone is worked as two.
+
+    One row would be a product of a matrix with a vector, which sums in another order: live inference, one sample and
+    one timestep at a time, would not be the whole sequence.
+    """
+    if math.prod(x.shape[:-1]) > 1:
+        return lax.dot_general(x, kernel, dimensions, **kwargs)
+    two = jnp.concatenate([x, x])
+    return lax.dot_general(two, kernel, dimensions, **kwargs)[: len(x)]
 
 
 def norm(net, shape, rngs):
@@ -219,7 +235,7 @@ class SpikingNet(nnx.Module):
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
         """
         x, still = self._as_frames(x)
-        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        key = None if rngs is None else dropout_key(rngs)
         before = None if state is None else iter(state)
         after = []
         for index, (name, layer) in enumerate(self.named_layers().items()):

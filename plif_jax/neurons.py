@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -185,7 +186,8 @@ class PLIF(Neuron):
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) k,   k = sigmoid(w) = 1 / tau
 
-    w is one scalar parameter for the whole layer, so tau stays above 1 whatever the optimiser does.
+    w is one scalar parameter for the whole layer, so tau stays above 1 whatever the optimiser does. It starts as a
+    float32 number, so under float64 tau starts at init_tau to 7 digits.
 
     Args:
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).
@@ -195,7 +197,9 @@ class PLIF(Neuron):
 
     def __init__(self, init_tau: float = 2.0, *, param_dtype=float, **kwargs):
         super().__init__(**kwargs)
-        self.w = nnx.Param(jnp.asarray(-math.log(_checked_tau("init_tau", init_tau) - 1), param_dtype))
+        # Through float32, as the paper's program starts: under float64 the rounding decides who fires at the threshold.
+        w = np.float32(-math.log(_checked_tau("init_tau", init_tau) - 1))
+        self.w = nnx.Param(jnp.asarray(w, param_dtype))
 
     @property
     def tau(self):

@@ -139,6 +139,8 @@ def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
     np.testing.assert_array_equal(
         layers.Dropout(0.5)(x, nnx.Rngs(dropout=3)), layers.Dropout(0.5)(x, nnx.Rngs(dropout=3))
     )
+    old, typed = (layers.Dropout(0.5)(x, key) for key in (jax.random.PRNGKey(7), jax.random.key(7)))
+    np.testing.assert_array_equal(old, typed)
     with pytest.raises(UserError, match=r"needs a key.*rngs=jax\.random\.key\(0\)"):
         layers.Dropout(0.5)(x)
 

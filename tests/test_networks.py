@@ -100,15 +100,22 @@ def test_reference_case(name, x64, rolled):
 # Time
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}])
-def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(settings):
+@pytest.mark.parametrize(
+    "B, cuts, settings",
+    [
+        (2, [1], {}),
+        (2, [1], {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}),
+        (1, [1, 2, 3], {"channels": 16}),
+    ],
+)
+def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(B, cuts, settings):
     net = firing(small(T=4, **settings))
     net.eval()
     run = jax.jit(lambda net, state, x: net.unroll(state, x))
-    x = frames(net)
+    x = frames(net, B=B)
     end, whole = run(net, None, x)
     state, votes = None, []
-    for chunk in jnp.split(x, [1]):
+    for chunk in jnp.split(x, cuts):
         state, vote = run(net, state, chunk)
         votes.append(vote)
     assert whole.any()
@@ -130,6 +137,12 @@ def test_training_in_chunks_gives_what_one_call_gives(x64):
     np.testing.assert_array_equal(jnp.concatenate([first, second]), votes)
     for a, b in zip(jax.tree.leaves(nnx.state(whole)), jax.tree.leaves(nnx.state(chunked)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13)
+
+
+def test_a_key_of_either_kind_drops_the_same():
+    net, x = small(), jnp.ones((4, 2, 34, 34, 2))
+    old, typed = (net(x, rngs=key) for key in (jax.random.PRNGKey(7), jax.random.key(7)))
+    np.testing.assert_array_equal(old, typed)
 
 
 def test_rates_are_votes_averaged_over_time_and_lie_between_0_and_1():

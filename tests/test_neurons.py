@@ -91,6 +91,12 @@ class Adaptive(neurons.Neuron):
         return v - 0.1 * v**2 + self.gain[...] * x
 
 
+def test_w_starts_where_the_paper_s_program_starts(x64):
+    """At a float32 number, whatever the precision."""
+    w = float(neurons.PLIF(init_tau=3.0).w[...])
+    assert w == np.float32(-np.log(2.0)) and w != -np.log(2.0)
+
+
 def make_neurons(N=11):
     for v_reset, detach, learnable in itertools.product(RESETS, (True, False), (True, False)):
         settings = {"v_reset": v_reset, "detach_reset": detach}

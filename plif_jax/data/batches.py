@@ -63,7 +63,8 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
     parts["train"] = Samples(dataset.train, train)
     for name, part in parts.items():
         if len(part) == 0:
-            raise UserError(f"{dataset.name} leaves no sample to {name}: found {dataset.source}")
+            more = "a larger -train_samples or -val_ratio" if name == "val" else f"more {name} samples"
+            raise UserError(f"{dataset.name} leaves no sample to {name}: give {more} (found {dataset.source})")
     if len(train) < config.batch_size:
         raise UserError(f"{len(train)} training samples make no batch of -batch_size {config.batch_size}")
     return parts
