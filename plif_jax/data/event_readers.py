@@ -129,12 +129,15 @@ def _npy(path):
 
 def _mat(path):
     """Read ASL-DVS: MATLAB columns ts, x, y, pol, the sensor's corner at the lower right."""
-    found = matlab.columns(path.read_bytes())
     names = ("ts", "x", "y", "pol")
+    found = matlab.columns(path.read_bytes(), names)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"the file has no column {missing[0]}")
-    t, x, y, p = (found[name].astype(np.int64) for name in names)
-    return _events(t, 239 - x, 179 - y, p)
+    if len({len(column) for column in found.values()}) > 1:
+        raise UserError("the file's columns differ in length")
+    t, x, y, p = (found[name] for name in names)
+    # Columns may be of bytes, which cannot hold a difference.
+    return _events(t, 239 - x.astype(np.int64), 179 - y.astype(np.int64), p)
 
 
 def _events(t, x, y, p):

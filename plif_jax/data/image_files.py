@@ -9,6 +9,7 @@ References: http://yann.lecun.com/exdb/mnist/, https://github.com/zalandoresearc
 https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -55,6 +56,9 @@ _PYTHON_BATCH_MD5 = {
 _ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 _RECORD_BYTES, _BATCH_RECORDS = 1 + 3 * 32 * 32, 10_000
 _LARGEST_BATCH = 32 << 20  # bytes; the largest official batch has 31 035 704
+_LARGEST_MEMBER = 1 << 40
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # how a truncated or altered archive shows
 
@@ -110,9 +114,7 @@ def _read_idx_split(name: str, files: dict[str, Path], split: str) -> tuple[np.n
 def _read_idx(path: Path, shape: tuple[int, ...], most: int) -> np.ndarray:
     """The array `[N, *shape]` of an idx file of bytes, N at most `most`."""
     try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else path.open("rb") as file:
+        with _opened(path) as file:
             sizes = file.read(8 + 4 * len(shape))
             if len(sizes) < 8 + 4 * len(shape):
                 raise EOFError("the header is not whole")
@@ -130,6 +132,13 @@ def _read_idx(path: Path, shape: tuple[int, ...], most: int) -> np.ndarray:
     if len(data) != length:
         raise UserError(f"{path} holds {'more' if len(data) > length else 'less'} than its header says: get it again")
     return np.frombuffer(data, np.uint8).reshape(-1, *shape)
+
+
+def _opened(path: Path):
+    """The file's bytes as a stream, inflated if it is gzipped."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else path.open("rb")
 
 
 def _read_cifar10(files: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -160,15 +169,27 @@ def _read_loose(files: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def _read_archive(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The batches of a tar archive by name. Nothing is extracted, so no member can write anywhere."""
+    """The batches of a tar archive by name. Nothing is extracted, so no member can write anywhere.
+
+    `tarfile` has a say in the headers alone: by itself it keeps them all, and reads a long name or a pax header whole,
+    whatever size it claims. No official archive holds these, and here they are skipped as other members are.
+    """
     wanted, batches = official_names("CIFAR10"), {}
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
+        with _opened(path) as archive, contextlib.suppress(tarfile.EOFHeaderError):  # raised at the archive's end
+            while True:
+                member = tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                size = 0 if member.type in _WITHOUT_DATA else member.size
+                if not 0 <= size <= _LARGEST_MEMBER:
+                    raise tarfile.ReadError(f"a member claims {size} bytes")
+                end = archive.tell() + size + -size % tarfile.BLOCKSIZE
                 file = Path(member.name).name
-                if file in wanted and member.isfile() and member.size <= _LARGEST_BATCH:
-                    data = archive.extractfile(member).read()
-                    batches[file.removesuffix(".bin")] = _read_batch(file, data, path / member.name)
+                if file in wanted and member.type in _REGULAR and size <= _LARGEST_BATCH:
+                    data = archive.read(size)
+                    if len(data) < size:
+                        raise EOFError(f"it ends inside {file}")
+                    batches[file.removesuffix(".bin")] = _read_batch(file, data, path / file)
+                archive.seek(end)
     except _DAMAGE as error:
         raise UserError(f"{path} is truncated or damaged ({error}): get it again") from error
     if not batches:
