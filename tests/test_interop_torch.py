@@ -318,7 +318,7 @@ def test_a_compressed_archive_is_refused_before_it_is_inflated(tmp_path):
     [
         ("none.pt", None, "cannot be read: No such file"),
         ("text.pt", b"hello", "neither a .npz nor a file of torch.save"),
-        ("text.npz", b"hello", "not an archive of plain arrays"),
+        ("text.npz", b"hello", "not a whole archive"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, content, message):

@@ -3,7 +3,8 @@
 Unpickling calls whatever the file names, so a file from elsewhere can do anything. Here the opcodes are interpreted
 by a stack machine that calls nothing: a class or function that the file names becomes a `Name`, an instance an
 `Object` holding a dict of attributes, a tensor a `Tensor` saying where its numbers lie. Only the calls in `CALLS`
-have a meaning; a file that asks for another is refused.
+have a meaning; a file that asks for another is refused. What is built stays in proportion to the bytes read, though a
+pickle can name one thing many times.
 """
 
 import pickletools
@@ -56,11 +57,20 @@ class Refused(ValueError):
     """The pickle is damaged, or asks for something that is neither data nor a known call."""
 
 
+MOST_DIMENSIONS = 64  # of NumPy's arrays, and more than PyTorch's own have
+LONGEST_TEXT = 1000  # characters of a name or a key
+
+
+def is_text(value):
+    """Whether a value can stand in a message of one line; a tuple nested by a hostile file can be endless as text."""
+    return type(value) is str and len(value) <= LONGEST_TEXT and value.isprintable()
+
+
 def _tensor(storage, offset, shape, strides, *_):
     numbers = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+    if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise Refused("a tensor whose shape is damaged")
-    if len(shape) != len(strides):
+    if len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
         raise Refused("a tensor whose shape is damaged")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
@@ -74,10 +84,21 @@ def _mapping(pairs=()):
     return dict(pairs)
 
 
+def _set(items=()):
+    """Of a set's items those that can be keys; modules name buffers in it."""
+    return frozenset(item for item in items if _is_key(item))
+
+
+def _is_key(value):
+    """Only simple keys: hashing a tuple nested by a hostile file can take forever, a long number nearly so."""
+    if type(value) is int:
+        return value.bit_length() <= 64
+    return type(value) in (str, float, bool, type(None), Name, Tensor)
+
+
 def _check_keys(keys):
-    """Only simple keys: hashing a tuple nested by a hostile file can take forever."""
     for key in keys:
-        if type(key) not in (str, int, float, bool, type(None), Name, Tensor):
+        if not _is_key(key):
             raise Refused(f"a key that is a {type(key).__name__}")
 
 
@@ -85,8 +106,8 @@ def _check_keys(keys):
 CALLS: dict[str, Callable] = {
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": lambda *_: {},
-    "__builtin__.set": list,
-    "builtins.set": list,
+    "__builtin__.set": _set,
+    "builtins.set": _set,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
@@ -113,6 +134,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages = storages
+        self.read = 0  # bytes of the pickle
+        self.copied = 0  # items that were copied, not built one by one by the bytes read
 
     def pop_to_mark(self):
         """What was pushed since the last mark; drops the mark."""
@@ -123,7 +146,7 @@ class _Machine:
 
     def run(self, stream):
         """Reads opcodes to the STOP; returns the object."""
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, self.read in pickletools.genops(stream):
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()
@@ -143,6 +166,12 @@ class _Machine:
 
     def get(self, argument):
         self.stack.append(self.memo[argument])
+
+    def count(self, items):
+        """Refuses the pickle whose calls and states would copy more items than it has bytes."""
+        self.copied += len(items)
+        if self.copied > self.read:
+            raise Refused("the same items again and again")
 
     def tuple_of(self, count):
         items = self.stack[len(self.stack) - count :]
@@ -167,6 +196,10 @@ class _Machine:
         if type(arguments) is not tuple or type(function) is not Name:
             raise Refused(f"a call of {_describe(function)}")
         if str(function) in CALLS:
+            self.count(arguments)
+            for argument in arguments:
+                if hasattr(argument, "__len__"):
+                    self.count(argument)
             self.stack.append(CALLS[str(function)](*arguments))
         elif str(function) in FACTS:
             self.stack.append(Object(function, {"arguments": arguments}))
@@ -183,6 +216,7 @@ class _Machine:
         """The attributes of the object below; those of a mapping are of no use here."""
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Object and type(state) is dict:
+            self.count(state)
             target.attributes.update(state)
         elif type(target) is Object and str(target.cls) in FACTS:
             pass
@@ -191,19 +225,23 @@ class _Machine:
 
     def persistent(self, _):
         """Storages; in old files also the source of each class, of which only the name is kept."""
-        kind, *rest = self.stack.pop()
-        if kind == "module":
-            self.stack.append(rest[0])
-        elif kind == "storage" and type(rest[0]) is Name and type(rest[3]) is int:
-            storage = Storage(rest[0].name, str(rest[1]), rest[3])
-            self.storages[storage.key] = storage
-            self.stack.append(storage)
-        else:
-            raise Refused(f"the persistent id {kind}")
+        match self.stack.pop():
+            case ("module", Name() as cls, *_):
+                self.stack.append(cls)
+            case ("storage", Name() as kind, key, _, int(size), *_) if is_text(key):
+                storage = self.storages[key] = Storage(kind.name, key, size)
+                self.stack.append(storage)
+            case _:
+                raise Refused("a persistent id that is neither a storage nor a module")
 
     def name_of_strings(self, _):
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(Name(str(module), str(name)))
+        self.name(module, name)
+
+    def name(self, module, name):
+        if not (is_text(module) and is_text(name)):
+            raise Refused("a name that is damaged")
+        self.stack.append(Name(module, name))
 
 
 def _describe(value):
@@ -242,7 +280,7 @@ _BUILDS: dict[str, Callable] = {
     "GET": _Machine.get,
     "BINGET": _Machine.get,
     "LONG_BINGET": _Machine.get,
-    "GLOBAL": lambda m, argument: m.stack.append(Name(*argument.split(" ", 1))),
+    "GLOBAL": lambda m, argument: m.name(*argument.split(" ", 1)),
     "STACK_GLOBAL": _Machine.name_of_strings,
     "REDUCE": _Machine.call,
     "NEWOBJ": _Machine.new_object,

@@ -52,7 +52,9 @@ def _objects(module):
             seen.add(id(module))
             yield module
             children = module.attributes.get("_modules")
-            waiting += children.values() if type(children) is dict else ()
+            if type(children) is dict and id(children) not in seen:  # shared by modules of hostile files only
+                seen.add(id(children))
+                waiting += children.values()
 
 
 def _found(module):
@@ -81,13 +83,14 @@ def _neuron_facts(part, name):
         )
     names = {"v_threshold": "v_threshold", "v_reset": "v_reset", "detach_reset": "detach_reset", "tau": "init_tau"}
     facts = {ours: attributes[theirs] for theirs, ours in names.items() if theirs in attributes}
-    for key, value in facts.items():
-        if not isinstance(value, bool | int | float | None):
-            raise UserError(f"the file's {name} has as {key} a {type(value).__name__}; a number is needed")
     children = attributes.get("_modules")
     fire = children.get("surrogate_function") if type(children) is dict else None
+    alpha = fire.attributes.get("alpha") if type(fire) is Object else None
+    for key, value in (*facts.items(), ("alpha", alpha)):
+        if not isinstance(value, bool | int | float | None) or (type(value) is int and value.bit_length() > 63):
+            raise UserError(f"the file's {name} has as {key} a {type(value).__name__}; a usual number is needed")
     if type(fire) is Object:
-        facts["surrogate"] = fire.cls.name.rpartition(".")[2], fire.attributes.get("alpha")
+        facts["surrogate"] = fire.cls.name.rpartition(".")[2], alpha
     return facts
 
 

@@ -6,6 +6,7 @@ Reading needs no PyTorch and runs nothing that a file names (see `inert_pickle`)
 import io
 import math
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plif_jax.errors import UserError
-from plif_jax.interop.inert_pickle import Object, Tensor, load
+from plif_jax.interop.inert_pickle import LONGEST_TEXT, Object, Tensor, is_text, load
 
 DTYPES = {
     "FloatStorage": np.dtype("f4"),
@@ -29,6 +30,7 @@ DTYPES = {
 }
 # A file from before PyTorch 1.6 (or written in that form) opens with the pickle of 0x1950A86A20F9469CFC6C.
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # Where a checkpoint keeps its network: the paper's program, then common habits.
 NETWORK_KEYS = ("net", "model", "state_dict", "model_state_dict")
 
@@ -60,11 +62,17 @@ def read(path):
     if path.suffix == ".npz":
         return Checkpoint(_read_npz(path, content))
     root, storages = (_read_zip if content.startswith(b"PK") else _read_legacy)(path, content)
+    arrays, left = {}, _most(content)
     try:
         tensors, module = _network(path, root)
+        for name, tensor in tensors:
+            arrays[name] = _array(path, name, tensor, storages)
+            left -= len(name) + arrays[name].nbytes
+            if left < 0:
+                raise _too_large(path, content)
     except RecursionError:
         raise _damaged(path, "its modules are nested without end") from None
-    return Checkpoint({name: _array(path, name, tensor, storages) for name, tensor in tensors.items()}, module)
+    return Checkpoint(arrays, module)
 
 
 def write(path, arrays):
@@ -90,24 +98,64 @@ def _damaged(path, what):
     return UserError(f"{path} is damaged: {what}; fetch or save the file again")
 
 
-def _read_npz(path, content):
+def _most(content):
+    """Bytes that a file's arrays may take: more than its own, since tensors share numbers and `.npz` compresses."""
+    return 4 * len(content) + (16 << 20)
+
+
+def _too_large(path, content):
+    return UserError(f"{path} claims arrays of more than {_most(content)} bytes, too many for its size; save it again")
+
+
+def _unzip(path, content, methods) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, bytes) of an archive; what its directory claims is held against its size before."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception:  # zipfile and NumPy fail in many ways on damaged bytes
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        entries = archive.infolist()
+    except Exception:  # zipfile fails in many ways on damaged bytes
+        raise _damaged(path, "it is not a whole archive") from None
+    if any(entry.compress_type not in methods for entry in entries):
+        raise UserError(
+            f"{path} is compressed as its writers never do; give the file as torch.save or np.savez wrote it"
+        )
+    # Entries may claim the same bytes.
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > _most(content):
+        raise _too_large(path, content)
+    for entry in entries:
+        try:
+            with archive.open(entry) as file:
+                # Without a size it would inflate what is there, not what was claimed.
+                data = file.read(entry.file_size + 1)
+        except Exception:
+            raise _damaged(path, "it is not a whole archive") from None
+        yield entry.filename, data
+
+
+def _read_npz(path, content):
+    # NumPy writes no other kinds of compression, and these two can be read up to a size.
+    entries = _unzip(path, content, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    return {name.removesuffix(".npy"): _read_npy(path, name, data) for name, data in entries}
+
+
+def _read_npy(path, name, data):
+    """One array, of the size that its header says before anything is allocated."""
+    stream = io.BytesIO(data)
+    try:
+        shape, _, dtype = NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+        size = math.prod(shape) * dtype.itemsize
+        if not is_text(name) or dtype.kind not in "biuf" or size != len(data) - stream.tell():
+            raise ValueError
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception:  # NumPy fails in many ways on damaged bytes
         raise _damaged(path, "not an archive of plain arrays") from None
 
 
 def _read_zip(path, content):
     """Root object and {key: bytes} of a file as PyTorch writes since 1.6."""
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        # PyTorch never compresses; refusing to inflate bounds what a file can ask of memory by its own size.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise UserError(f"{path} is a compressed archive, which PyTorch does not write; give the .pt file itself")
-        entries = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, EOFError):
-        raise _damaged(path, "its archive is incomplete") from None
+    # PyTorch never compresses; refusing to inflate bounds what a pickle can ask of memory by the file's size.
+    files = _unzip(path, content, (zipfile.ZIP_STORED,))
+    entries = {name.partition("/")[2]: data for name, data in files}
     if "data.pkl" not in entries:
         raise UserError(f"{path} is not a file of torch.save: its archive has no data.pkl")
     if entries.get("byteorder", b"little") != b"little":
@@ -130,7 +178,7 @@ def _read_legacy(path, content):
     storages = {}
     for key in keys[0]:
         size = int.from_bytes(stream.read(8), "little")
-        if size != known[key].size:
+        if size != known[key].size or size > len(content):
             raise _damaged(path, f"storage {key} has another length than its tensors say")
         storages[key] = stream.read(size * _dtype(path, known[key]).itemsize)
     return root, storages
@@ -143,11 +191,11 @@ def _dtype(path, storage):
 
 
 def _network(path, root):
-    """({name: Tensor}, module or None) of the network in a file's root object."""
+    """(the (name, Tensor) pairs, module or None) of the network in a file's root object."""
     if type(root) is Object and "_modules" in root.attributes:
-        return dict(_walk(root, "", set())), root
-    if type(root) is dict and root and all(type(value) is Tensor for value in root.values()):
-        return {str(name): tensor for name, tensor in root.items()}, None
+        return _walk(path, root, "", set()), root
+    if type(root) is dict and root and all(is_text(name) and type(value) is Tensor for name, value in root.items()):
+        return root.items(), None
     if type(root) is dict:
         for key in NETWORK_KEYS:
             if key in root:
@@ -155,23 +203,27 @@ def _network(path, root):
     raise UserError(f'{path} holds no network: a state dict, a module, or a dict with one under "net" is needed')
 
 
-def _walk(module, prefix, seen):
-    """Yields (name, Tensor) as `state_dict` would; `seen` ends cycles, which only a damaged file has."""
+def _walk(path, module, prefix, seen):
+    """Yields (name, Tensor) as `state_dict` would.
+
+    `seen` ends what only a damaged file has: cycles, and dicts of members that modules share.
+    """
     if type(module) is not Object or id(module) in seen:
         return
     seen.add(id(module))
-    skipped = module.attributes.get("_non_persistent_buffers_set", ())
-    for group in ("_parameters", "_buffers"):
-        for name, tensor in _dict(module, group).items():
-            if type(tensor) is Tensor and name not in skipped:
-                yield f"{prefix}{name}", tensor
-    for name, child in _dict(module, "_modules").items():
-        yield from _walk(child, f"{prefix}{name}.", seen)
-
-
-def _dict(module, group):
-    value = module.attributes.get(group)
-    return value if type(value) is dict else {}
+    skipped = module.attributes.get("_non_persistent_buffers_set")
+    for group in ("_parameters", "_buffers", "_modules"):
+        members = module.attributes.get(group)
+        if type(members) is not dict or id(members) in seen:
+            continue
+        seen.add(id(members))
+        for name, member in members.items():
+            if not is_text(name) or len(prefix) + len(name) > LONGEST_TEXT:
+                raise _damaged(path, "a module in it has members without a proper name")
+            if group == "_modules":
+                yield from _walk(path, member, f"{prefix}{name}.", seen)
+            elif type(member) is Tensor and not (type(skipped) is frozenset and name in skipped):
+                yield f"{prefix}{name}", member
 
 
 def _array(path, name, tensor, storages):
@@ -185,7 +237,11 @@ def _array(path, name, tensor, storages):
     if size > tensor.storage.size or (size and last >= tensor.storage.size):
         raise _damaged(path, f"{name} reaches past its numbers")
     if not size:
+        # Beside a zero the other sizes may be anything.
+        if math.prod(n or 1 for n in tensor.shape) >= 1 << 48:
+            raise _damaged(path, f"{name} has an impossible shape")
         return np.zeros(tensor.shape, dtype)
     flat = np.frombuffer(data, dtype)[tensor.offset :]
-    strides = [stride * dtype.itemsize for stride in tensor.strides]
+    # The stride along a single number may be anything too.
+    strides = [stride * dtype.itemsize * (n > 1) for n, stride in zip(tensor.shape, tensor.strides, strict=True)]
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides).copy()
