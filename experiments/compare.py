@@ -88,7 +88,7 @@ def main(argv):
     ours = read_metrics(flags.run)
     if "test_accuracy" not in ours:
         raise UserError(f"{flags.run} has no test accuracy yet: it is there after the first epoch that is evaluated")
-    published = reference.load(flags.reference, Config.from_json((flags.run / "config.json").read_text()))
+    published = reference.load(flags.reference, Config.from_json((flags.run / "config.json").read_bytes()))
     print(f"ours   {flags.run.name}\ntheirs {published.run_name}")
     for difference in published.differences:
         print(f"mind:  {difference}")

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass
@@ -120,17 +121,21 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Config":
+    def from_json(cls, text: str | bytes) -> "Config":
         """The settings back from JSON text.
 
         Raises:
-          UserError: the text is not JSON, or holds other fields.
+          UserError: the text is not JSON, holds other fields, or a value out of range.
         """
         try:
             fields = json.loads(text)
-            return cls(**fields)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"not a run's settings: {error}") from None
+        if type(fields) is not dict:
+            raise UserError(f"not a run's settings but a {type(fields).__name__}")
+        if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"not a run's settings: there is no field {min(unknown)!r}")
+        return cls(**fields)
 
 
 def _types(field):
@@ -139,8 +144,9 @@ def _types(field):
 
 
 def _check(field, value):
-    given = f"-{field.name} {value}"
     allowed, bounds = _types(field), field.metadata
+    if type(value) is int and value.bit_length() > 63:
+        raise UserError(f"-{field.name}: {field.name} must be below 2**63, not a number of {value.bit_length()} bits")
     if value is None:
         if field.default is None or type(None) in allowed:
             if field.name != "dataset_name":
@@ -149,7 +155,9 @@ def _check(field, value):
     elif float in allowed and type(value) is int:
         return _check(field, float(value))
     elif type(value) not in allowed:
-        raise UserError(f"{given}: {field.name} is a {allowed[0].__name__}, not a {type(value).__name__}")
+        given = reprlib.repr(value)  # short, of whatever a file nests
+        raise UserError(f"-{field.name} {given}: {field.name} is a {allowed[0].__name__}, not a {type(value).__name__}")
+    given = f"-{field.name} {value}"
     if "choices" in bounds and value not in bounds["choices"]:
         near = difflib.get_close_matches(str(value), map(str, bounds["choices"]), 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -236,7 +236,7 @@ def load_network(run: str | Path, kind: str = "best"):
     """
     run = Path(run)
     try:
-        config = Config.from_json((run / "config.json").read_text())
+        config = Config.from_json((run / "config.json").read_bytes())
     except OSError:
         raise UserError(f"{run} is not the folder of a run: it has no config.json") from None
     folder = run.parent / f"pt_{run.name}"
