@@ -67,6 +67,15 @@ def test_chosen_neurons_and_parts_of_a_batch_are_those_of_the_whole(net, frames)
     np.testing.assert_allclose(chosen["conv.6"].firing_rate, whole["conv.6"].firing_rate, atol=1e-6)
 
 
+def test_layers_keep_their_order_when_there_are_many():
+    net = networks.NMNISTNet(T=2, channels=2, number_layer=3, rngs=nnx.Rngs(0))
+    frames = jnp.zeros((2, 2, 34, 34, 2))
+    ordered = ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
+    assert list(recording.record(net, frames, 1)[1]) == ordered
+    assert list(recording.record(net, frames, 1, batch_size=1)[1]) == ordered
+    assert list(operations.count(net, frames)) == ["conv.0", "conv.4", "conv.8", "fc.2", "fc.5"]
+
+
 def test_a_number_of_neurons_spreads_over_each_layer(net, frames):
     _, layers = recording.record(net, frames, 5)
     assert {layer.spikes.shape for layer in layers.values()} == {(4, 3, 5)}
@@ -75,8 +84,9 @@ def test_a_number_of_neurons_spreads_over_each_layer(net, frames):
 def test_wrong_choices_are_named(net, frames):
     with pytest.raises(UserError, match=r"no spiking layer conv\.3; this network's are conv\.2, conv\.6"):
         recording.record(net, frames, {"conv.3": [0]})
-    with pytest.raises(UserError, match=r"neuron 100 of fc\.6: it has 100 neurons"):
-        recording.record(net, frames, {"fc.6": [100]})
+    for beyond in (100, -1):
+        with pytest.raises(UserError, match=rf"neuron {beyond} of fc\.6: it has 100 neurons"):
+            recording.record(net, frames, {"fc.6": [3, beyond]})
 
 
 def test_recording_works_under_jit(net, frames):

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from tensorboardX.proto import event_pb2
 
-from plif_jax import data
+from plif_jax import data, networks
 from plif_jax.config import Config
 from plif_jax.data import batches
 from plif_jax.errors import UserError
@@ -105,8 +106,13 @@ def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
     figures = evaluation.evaluate(*checkpoint.load_network(config.run_dir), progress=False)
     assert figures["accuracy"] == result["best"]["test_accuracy"]
     assert figures["confusion"].sum() == figures["samples"] == 20
-    assert set(figures["firing_rates"]) == {"conv.2", "fc.3", "fc.6"}
     assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
+
+
+def test_firing_rates_keep_the_order_of_the_layers(settings):
+    net = networks.NMNISTNet(T=3, channels=2, number_layer=3, rngs=nnx.Rngs(0))
+    figures = evaluation.evaluate(settings(number_layer=3), net, progress=False)
+    assert list(figures["firing_rates"]) == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
 
 
 def test_stopped_after_an_epoch_and_continued_is_the_uninterrupted_run(settings, whole, tmp_path):

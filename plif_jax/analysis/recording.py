@@ -57,7 +57,8 @@ def record(net, x, neurons=None, *, batch_size=None):
     parts = []
     for start in range(0, size, batch_size or size):
         part = jax.lax.slice_in_dim(x, start, min(start + (batch_size or size), size), axis=batch_axis)
-        parts.append(_record(graphdef, state, part, chosen))
+        rates, layers = _record(graphdef, state, part, chosen)
+        parts.append((rates, {name: layers[name] for name in chosen}))  # jit sorts by name: conv.10 before conv.2
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 
@@ -79,8 +80,8 @@ def _chosen(net, x, neurons):
         raise UserError(f"no spiking layer {min(unknown)}; this network's are {', '.join(sizes)}")
     chosen = {name: np.asarray(neurons.get(name, ()), int) for name in sizes}
     for name, index in chosen.items():
-        if index.size and not (index.min() >= 0 and index.max() < sizes[name]):
-            raise UserError(f"neuron {index.max()} of {name}: it has {sizes[name]} neurons, counted from 0")
+        if (beyond := index[(index < 0) | (index >= sizes[name])]).size:
+            raise UserError(f"neuron {beyond[0]} of {name}: it has {sizes[name]} neurons, counted from 0")
     return chosen
 
 

@@ -40,5 +40,6 @@ def evaluate(config, net, progress=True) -> dict:
         "per_class": per_class,
         "confusion": confusion,
         "samples": len(part),
-        "firing_rates": {name: float(rate) / len(part) for name, rate in total["spikes"].items()},
+        # In the order of the layers: jit has sorted them by name, conv.10 before conv.2.
+        "firing_rates": {name: float(total["spikes"][name]) / len(part) for name in net.named_neurons()},
     }
