@@ -3,8 +3,8 @@
     python experiments/compare.py logs/MNIST_init_tau_2.0_... --reference AUTHORS_LOGS
 
 AUTHORS_LOGS is the folder `logs` of the paper's repository (TensorBoard event files), or curves exported from it as
-CSV. Prints, after 1, 5, 10, 32, 64, ... epochs, the run's test accuracy, the published one and the difference; then
-tau of each layer; writes compare.png into the run folder.
+CSV. Prints, after 1, 5, 10, 32, 64, ... epochs, the run's accuracy, the published one and the difference, and the same
+of w of each layer, with the tau that it means; writes compare.png into the run folder.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from plif_jax.curves import (
     accuracy_over_epochs,
     figure,
     infer_steps_per_epoch,
+    line,
     shades,
     tau_of,
     tau_over_epochs,
+    title,
     w_tags,
 )
 from plif_jax.errors import UserError
@@ -43,14 +45,16 @@ def per_epoch(metrics, tag):
     return [(step // steps - 1, value) for step, value in metrics.get(tag, ())]
 
 
-def print_tau(ours, theirs):
-    """tau of each layer after the last epoch that both have."""
-    rows = [(tag, reference.differences_at(per_epoch(ours, tag), per_epoch(theirs, tag), ())) for tag in w_tags(ours)]
-    rows = [(tag, *both[-1]) for tag, both in rows if both]
-    if rows:
-        print(f"\ntau after {rows[0][1]} epochs   ours   theirs")
-    for tag, _, mine, published in rows:
-        print(f"layer {int(tag[1:]) + 1:<13}{tau_of(mine):>9.3f}{tau_of(published):>9.3f}")
+def print_w(ours, theirs):
+    """A line for each epoch of interest and layer: w, and the tau that it means."""
+    for tag in w_tags(ours):
+        rows = reference.differences_at(per_epoch(ours, tag), per_epoch(theirs, tag))
+        if rows:
+            heading = f"w of layer {int(tag[1:]) + 1}"
+            print(f"\n{heading:<15}{'ours':>8}{'theirs':>9}{'difference':>12}{'tau: ours':>12}{'theirs':>9}")
+        for epochs, mine, published in rows:
+            values = f"{mine:>z8.3f}{published:>z9.3f}{mine - published:>+z12.3f}"
+            print(f"after {epochs:>5}    {values}{tau_of(mine):>12.3f}{tau_of(published):>9.3f}")
 
 
 def _up_to(epoch, curve):
@@ -68,15 +72,15 @@ def draw(ours, theirs, name, path):
         if tag in theirs:
             label = f"published {tag.split('_')[0]}"
             epochs, values = zip(*_up_to(last, theirs[tag]), strict=True)
-            ax.plot([e + 1 for e in epochs], [100 * v for v in values], color=color, lw=1, label=label)
+            ax.plot([e + 1 for e in epochs], [100 * v for v in values], label=label, **line(epochs, color, thin=True))
     ax.legend()
     if taus:
         ax = tau_over_epochs(axes[0, 1], ours)
         for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
-            ax.plot([e + 1 for e in epochs], tau_of(w), "--", color=color, lw=1)
+            ax.plot([e + 1 for e in epochs], tau_of(w), "--", **line(epochs, color, thin=True))
         ax.set_title("dashed: published", fontsize="medium")
-    fig.suptitle(name, fontsize="medium")
+    title(fig, name)
     fig.savefig(path, dpi=120)
 
 
@@ -88,12 +92,16 @@ def main(argv):
     ours = read_metrics(flags.run)
     if "test_accuracy" not in ours:
         raise UserError(f"{flags.run} has no test accuracy yet: it is there after the first epoch that is evaluated")
-    published = reference.load(flags.reference, Config.from_json((flags.run / "config.json").read_bytes()))
+    try:
+        config = Config.from_json((flags.run / "config.json").read_bytes())
+    except OSError:
+        raise UserError(f"{flags.run} is not the folder of a run: it has no config.json") from None
+    published = reference.load(flags.reference, config)
     print(f"ours   {flags.run.name}\ntheirs {published.run_name}")
     for difference in published.differences:
         print(f"mind:  {difference}")
     print_accuracy(ours, published.metrics)
-    print_tau(ours, published.metrics)
+    print_w(ours, published.metrics)
     draw(ours, published.metrics, flags.run.name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 

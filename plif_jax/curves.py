@@ -5,6 +5,7 @@ training process can draw. Each function takes an axis and returns it.
 """
 
 import math
+import textwrap
 
 import numpy as np
 from matplotlib import colormaps
@@ -45,12 +46,20 @@ def infer_steps_per_epoch(metrics) -> int | None:
     return math.gcd(*steps) or None if steps else None
 
 
-def _style(points, color):
-    """A line; with dots where there are few enough points to tell apart."""
-    return {"color": color, "linewidth": 1.5, "marker": "o" if len(points) <= 40 else "", "markersize": 4}
+def line(points, color, thin=False):
+    """The look of a curve: dots where they are few enough to tell apart, hollow ones on a thin line."""
+    dots = {"marker": "o" if len(points) <= 40 else "", "markersize": 4, "markerfacecolor": "none" if thin else color}
+    return {"color": color, "linewidth": 1 if thin else 1.5, **dots}
 
 
-def _epoch_axis(ax):
+def title(fig, run_name):
+    """Writes a run's name over a figure, in as many lines as its width asks for, broken at underscores."""
+    lines = textwrap.wrap(run_name.replace("_", "_ "), int(10 * fig.get_figwidth()), break_on_hyphens=False)
+    fig.suptitle("\n".join(text.replace("_ ", "_") for text in lines), fontsize="medium")
+
+
+def epoch_axis(ax):
+    """Whole epochs to the right, and a grid."""
     ax.set_xlabel("epochs trained")
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,7 +75,7 @@ def accuracy_over_epochs(ax, metrics, tags=("test_accuracy", "val_accuracy")):
     for tag, color in zip(tags, COLORS, strict=False):
         if points := metrics.get(tag):
             epochs, values = np.array(points).T
-            ax.plot(epochs + 1, 100 * values, label=tag.split("_")[0], **_style(points, color))
+            ax.plot(epochs + 1, 100 * values, label=tag.split("_")[0], **line(points, color))
     if test := dict(metrics.get("test_accuracy", ())):
         # Accuracy-B reads the test accuracy where validation was best; of equal epochs the later counts.
         kind, decisive = ("B", "val_accuracy") if metrics.get("val_accuracy") else ("A", "test_accuracy")
@@ -75,7 +84,7 @@ def accuracy_over_epochs(ax, metrics, tags=("test_accuracy", "val_accuracy")):
         ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", markersize=11, label=label)
         ax.legend(loc="best")
     ax.set_ylabel("accuracy (%)")
-    _epoch_axis(ax)
+    epoch_axis(ax)
     return ax
 
 
@@ -93,7 +102,7 @@ def tau_over_epochs(ax, metrics, steps_per_epoch=None):
         steps, w = np.array(metrics[tag]).T
         taus.append(tau_of(w))
         label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.2f}"
-        ax.plot(steps / steps_per_epoch, taus[-1], label=label, **_style(w, color))
+        ax.plot(steps / steps_per_epoch, taus[-1], label=label, **line(w, color))
     if tags:
         ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
         if max(map(np.max, taus)) > 8 * min(map(np.min, taus)):
@@ -102,16 +111,16 @@ def tau_over_epochs(ax, metrics, steps_per_epoch=None):
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("membrane time constant tau (timesteps)")
-    _epoch_axis(ax)
+    epoch_axis(ax)
     return ax
 
 
-def summary(metrics, path, title=""):
+def summary(metrics, path, run_name=""):
     """Writes the picture of a run: accuracy over epochs, and beside it tau where the network learns it."""
     learned = bool(w_tags(metrics))
     fig, axes = figure(1, 1 + learned, width=11 if learned else 6.4, squeeze=False)
     accuracy_over_epochs(axes[0, 0], metrics)
     if learned:
         tau_over_epochs(axes[0, 1], metrics)
-    fig.suptitle(title, fontsize="medium")
+    title(fig, run_name)
     fig.savefig(path, dpi=120)

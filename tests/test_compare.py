@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from tensorboardX import SummaryWriter
 
+from plif_jax import curves
 from plif_jax.analysis import reference
 from plif_jax.config import Config
+from plif_jax.curves import figure
 from plif_jax.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -62,8 +64,11 @@ def test_the_curve_of_the_same_settings_is_found(published):
 def test_settings_that_differ_are_named(published):
     found = reference.load(published, Config(**SETTINGS, T=4, train_samples=100))
     assert found.differences == ["T is 4, theirs 8", "train_samples is 100, theirs None"]
-    with pytest.raises(UserError, match="holds no curves of a run like MNIST_init_tau_2"):
+    with pytest.raises(UserError, match=r"no curves of a run like MNIST_init_tau_2.*; its data sets are CIFAR10$"):
         reference.load(published, Config(**SETTINGS | {"dataset_name": "MNIST"}))
+    others = "its CIFAR10 runs have use_plif False, init_tau 2.0, use_max_pool True; use_plif True, init_tau 2.0, "
+    with pytest.raises(UserError, match=others):
+        reference.load(published, Config(**SETTINGS, init_tau=16.0))
     with pytest.raises(UserError, match="holds no curves; give a folder"):
         reference.load(published / "nowhere", Config(**SETTINGS))
 
@@ -111,13 +116,35 @@ def test_compare_prints_and_draws(run, published, capsys):
     for line in ("after     1      51.00%   50.00%       +1.00", "after    10      60.00%   59.00%       +1.00"):
         assert line in printed
     # tau = 1 + exp(-w): w is -0.45 + 0.5 after ten epochs of 10 steps, theirs -0.45 after ten of 3125.
-    assert "tau after 10 epochs" in printed and "layer 1                1.951    2.568" in printed
+    assert [line for line in printed.splitlines() if "w of" in line or line.endswith(("1.607    2.000", "2.568"))] == [
+        "w of layer 1       ours   theirs  difference   tau: ours   theirs",
+        "after     1       0.500    0.000      +0.500       1.607    2.000",
+        "after    10       0.050   -0.450      +0.500       1.951    2.568",
+    ]
     assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
+    drawn, one = {}, {"test_accuracy": [(0, 0.5)], "w0": [(10, 0.1)]}
+    monkeypatch.setattr(compare, "figure", lambda *args, **kwargs: drawn.setdefault("figure", figure(*args, **kwargs)))
+    name = f"val_0.15_{Config(**SETTINGS | {'dataset_name': 'DVS128Gesture'}).run_name}"
+    compare.draw(one, {"test_accuracy": ACCURACY, "w0": W}, name, tmp_path / "compare.png")
+    fig, axes = drawn["figure"]
+    assert all(line.get_marker() not in ("", "None") for ax in axes.flat for line in ax.lines)
+    fig.set_figwidth(6.4)
+    curves.title(fig, name)
+    over = fig._suptitle.get_window_extent()
+    assert over.x0 > 0 and over.x1 < fig.bbox.width
+    assert fig._suptitle.get_text().replace("\n", "") == name
 
 
 def test_compare_explains_what_is_missing(run, published, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         compare.main([str(tmp_path), "--reference", str(published)])
+    (run / "metrics.jsonl").write_text('{"tag": "test_accuracy", "step": 0, "value": 0.5, "time": 0}')
+    (run / "config.json").rename(run / "elsewhere.json")
+    with pytest.raises(UserError, match=r"is not the folder of a run: it has no config\.json"):
+        compare.main([str(run), "--reference", str(published)])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no test accuracy yet"):
         compare.main([str(run), "--reference", str(published)])

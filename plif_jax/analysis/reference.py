@@ -57,13 +57,28 @@ def load(folder: str | Path, config: Config) -> Reference:
         if all(theirs[setting] == ours[setting] for setting in MUST_AGREE):
             candidates.append((name, [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]))
     if not candidates:
-        raise UserError(f"{folder} holds no curves of a run like {config.run_name}; it has {', '.join(sorted(runs))}")
+        raise UserError(f"{folder} holds no curves of a run like {config.run_name}; {_choice(runs, config)}")
     name, differences = min(candidates, key=lambda candidate: len(candidate[1]))
+    return Reference(name, differences + unnamed_differences(config), read(runs[name]))
+
+
+def unnamed_differences(config: Config) -> list[str]:
+    """What the name of a run does not tell and differs from the published runs: "train_samples is 100, theirs None"."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    differences += [
-        f"{s} is {getattr(config, s)}, theirs {defaults[s]}" for s in UNNAMED if getattr(config, s) != defaults[s]
+    return [f"{s} is {getattr(config, s)}, theirs {defaults[s]}" for s in UNNAMED if getattr(config, s) != defaults[s]]
+
+
+def _choice(runs, config):
+    """In a few words what there is: this data set's runs, or else the data sets."""
+    found = [settings_of(name) for name in sorted(runs)]
+    same = [
+        ", ".join(f"{s} {theirs[s]}" for s in MUST_AGREE[1:] if theirs[s] is not None)
+        for theirs in found
+        if theirs["dataset_name"] == config.dataset_name
     ]
-    return Reference(name, differences, read(runs[name]))
+    if same:
+        return f"its {config.dataset_name} runs have {'; '.join(dict.fromkeys(same))}"
+    return f"its data sets are {', '.join(dict.fromkeys(theirs['dataset_name'] for theirs in found))}"
 
 
 def settings_of(run_name: str) -> dict[str, str | None]:
