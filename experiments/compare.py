@@ -19,10 +19,10 @@ from plif_jax.curves import (
     figure,
     infer_steps_per_epoch,
     line,
+    run_title,
     shades,
     tau_of,
     tau_over_epochs,
-    title,
     w_tags,
 )
 from plif_jax.errors import UserError
@@ -80,7 +80,7 @@ def draw(ours, theirs, name, path):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
             ax.plot([e + 1 for e in epochs], tau_of(w), "--", **line(epochs, color, thin=True))
         ax.set_title("dashed: published", fontsize="medium")
-    title(fig, name)
+    run_title(fig, name)
     fig.savefig(path, dpi=120)
 
 

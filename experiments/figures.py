@@ -1,4 +1,4 @@
-"""Draws a run: what its neurons did with one test sample, how its training went, what it confuses, what it costs.
+"""Draws a run: what its neurons did with test samples, how its training went, what it confuses, what it costs.
 
     python experiments/figures.py logs/Digits_init_tau_2.0_...
 
@@ -8,6 +8,7 @@ firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
 
 import argparse
 import dataclasses
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +34,21 @@ def save(fig, path):
 
 
 def draw_neurons(net, folder):
-    """The neuron figure with the network's own time constants, and its surrogate function."""
-    x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 4.0), np.zeros(10)])
-    taus = {f"{name}, tau = {float(n.tau):.2f}": neurons.LIF(float(n.tau)) for name, n in net.named_neurons().items()}
-    fig, (above, below) = figure(2, width=8, height=5, sharex=True, height_ratios=[1, 3])
-    above.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
-    above.set_ylabel("current x")
-    plots.neuron_response(below, x, taus)
+    """The neuron figure, with some time constants and with the network's own; and surrogate functions."""
+    x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 2.5), np.zeros(10)])
+    layers_of = {}
+    for name, layer in net.named_neurons().items():
+        layers_of.setdefault(f"{float(layer.tau):.2f}", []).append(name)
+    some = {f"tau = {tau:g}": neurons.LIF(tau) for tau in (1.25, 2.0, 4.0, 16.0)}
+    own = {
+        textwrap.fill(f"tau = {tau}: {', '.join(names)}", 24): neurons.LIF(float(tau))
+        for tau, names in layers_of.items()
+    }
+    fig, (current, above, below) = figure(3, width=9, height=8, sharex=True, height_ratios=[1, 3, 3])
+    current.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
+    current.set_ylabel("current x")
+    plots.neuron_response(above, x, some).set_xlabel("")
+    plots.neuron_response(below, x, own).set_title("time constants of this network", fontsize="medium")
     save(fig, folder / "neuron.png")
     some = {"ATan (the paper's)": surrogate.ATan()}
     some |= {kind.__name__: kind() for kind in (surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Erf)}
@@ -63,22 +72,27 @@ def draw_input(config, x, stored, folder):
 
 
 def draw_layers(net, x, folder):
-    """Firing rates, a raster of every layer, and the first layer's spikes as maps, for the first sample of x."""
+    """Mean firing rates over the samples x; of the first, a raster of every layer and the first layer's spike maps."""
     first = next(iter(net.named_neurons()))
     _, layers = recording.record(net, x, RASTER_NEURONS)
     fig, ax = figure(width=7, height=1 + 0.55 * len(layers))
     plots.firing_rates(ax, layers)
     save(fig, folder / "firing_rates.png")
-    columns = min(len(layers), 4)
-    rows = -(-len(layers) // columns)
+    rows = -(-len(layers) // 4)
+    columns = -(-len(layers) // rows)
     fig, axes = figure(rows, columns, width=3 * columns, height=4 * rows, squeeze=False)
     for ax, (name, layer) in zip(axes.flat, layers.items(), strict=False):
         shown, total = layer.spikes.shape[-1], layer.neuron_rate.size
-        plots.raster(ax, layer.spikes[:, 0], f"{name}, {shown} of {total} neurons")
+        ylabel = "neuron" if shown == total else "chosen neuron, evenly spread"
+        plots.raster(ax, layer.spikes[:, 0], f"{name}, {shown} of {total} neurons", ylabel)
+    for ax in axes.flat[len(layers) :]:
+        ax.remove()
     save(fig, folder / "raster.png")
     one = x[:, :1] if x.ndim == 5 else x[:1]
     spikes = recording.record(net, one)[1][first].spikes[:, 0]
-    fig, ax = figure(width=8, height=6.5)
+    T, H, W, C = spikes.shape
+    cell = min(10 / T, 6 / min(C, 8) * W / H)  # inches that a map may be wide
+    fig, ax = figure(width=cell * T + 1, height=cell * H / W * min(C, 8) + 1)
     plots.spike_maps(ax, spikes).set_title(f"spikes of {first}")
     save(fig, folder / "spike_maps.png")
 
@@ -99,6 +113,9 @@ def main(argv):
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-data_root", "--data_root", help="where the data sets lie now, if not where the run had them")
     parser.add_argument("-sample", "--sample", type=int, default=0, help="position of the drawn sample in the test set")
+    energies = {"accumulate": operations.ACCUMULATE_PJ, "multiply_accumulate": operations.MULTIPLY_ACCUMULATE_PJ}
+    for name, pj in energies.items():
+        parser.add_argument(f"-{name}_pj", f"--{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
     flags = parser.parse_args(argv)
     config, net = load_network(flags.run)
     if flags.data_root:
@@ -109,7 +126,8 @@ def main(argv):
     folder = flags.run / "figures"
     folder.mkdir(exist_ok=True)
     # The drawn sample first, then some spread over the test set for the means.
-    index = part.index[[flags.sample, *np.linspace(0, len(part) - 1, min(len(part), 15)).astype(int)]]
+    spread = np.linspace(0, len(part) - 1, min(len(part), 15)).astype(int)
+    index = part.index[list(dict.fromkeys([flags.sample, *spread.tolist()]))]
     stored = part.split.x[index]
     x = jax.jit(partial(frames_for, config))(stored)
 
@@ -121,7 +139,7 @@ def main(argv):
     fig, ax = figure(width=6.4, height=5.4)
     plots.confusion_matrix(ax, confusion(config, net, part))
     save(fig, folder / "confusion.png")
-    text = operations.table(operations.count(net, x))
+    text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
     (folder / "operations.txt").write_text(text + "\n")
     print(text)
 

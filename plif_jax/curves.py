@@ -52,7 +52,7 @@ def line(points, color, thin=False):
     return {"color": color, "linewidth": 1 if thin else 1.5, **dots}
 
 
-def title(fig, run_name):
+def run_title(fig, run_name):
     """Writes a run's name over a figure, in as many lines as its width asks for, broken at underscores."""
     lines = textwrap.wrap(run_name.replace("_", "_ "), int(10 * fig.get_figwidth()), break_on_hyphens=False)
     fig.suptitle("\n".join(text.replace("_ ", "_") for text in lines), fontsize="medium")
@@ -115,12 +115,12 @@ def tau_over_epochs(ax, metrics, steps_per_epoch=None):
     return ax
 
 
-def summary(metrics, path, run_name=""):
+def summary(metrics, path, title=""):
     """Writes the picture of a run: accuracy over epochs, and beside it tau where the network learns it."""
     learned = bool(w_tags(metrics))
     fig, axes = figure(1, 1 + learned, width=11 if learned else 6.4, squeeze=False)
     accuracy_over_epochs(axes[0, 0], metrics)
     if learned:
         tau_over_epochs(axes[0, 1], metrics)
-    title(fig, run_name)
+    run_title(fig, title)
     fig.savefig(path, dpi=120)

@@ -57,6 +57,19 @@ def test_every_picture_is_written(net, frames, tmp_path, capsys):
             assert picture.width <= 1500 and np.asarray(picture.convert("L")).std() > 5
 
 
+def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.update({path.stem: fig.axes}))
+    net = NMNISTNet(T=3, channels=4, number_layer=3, rngs=nnx.Rngs(0))
+    figures.draw_layers(net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), tmp_path)
+    titles = [ax.get_title().split(",")[0] for ax in drawn["raster"]]
+    assert titles == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
+    assert {ax.get_ylabel() for ax in drawn["raster"]} == {"chosen neuron, evenly spread", "neuron"}
+    figures.draw_neurons(net, tmp_path)
+    (label,) = (text.get_text() for text in drawn["neuron"][2].get_legend().get_texts())
+    assert label.split() == ["tau", "=", "2.00:", "conv.2,", "conv.6,", "conv.10,", "fc.3,", "fc.6,", "spikes:", "14"]
+
+
 @pytest.mark.parametrize("dataset_name", ["MNIST", "CIFAR10"])
 def test_an_image_is_drawn_as_it_is_stored(dataset_name, tmp_path):
     config = Config(dataset_name=dataset_name)

@@ -60,7 +60,9 @@ def test_neuron_response_shows_membranes_and_spikes(ax):
     x = jnp.full(6, 1.5)
     assert plots.neuron_response(ax, x, {"a": neurons.LIF(2.0), "b": neurons.IF()}) is ax
     assert drawn(ax) == ["a, spikes: 3", "b, spikes: 6"]
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [0.75, 0, 0.75, 0, 0.75, 0])
+    # h[t], then v[t]: 0.75, no spike; (0.75 + 1.5) / 2, a spike.
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [0.75, 0.75, 1.125, 0] * 3)
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), np.repeat(range(1, 7), 2))
     assert [list(c.get_positions()) for c in ax.collections] == [[2, 4, 6], [1, 2, 3, 4, 5, 6]]
 
 
@@ -101,6 +103,13 @@ def test_spike_maps_lie_in_rows_of_channels_and_columns_of_time(ax):
     assert np.argwhere(image == 1).tolist() == [[row * 5 + 1, 2 * 6 + 3]]
 
 
+def test_many_wide_maps_stay_apart_on_a_page(ax):
+    plots.spike_maps(ax, np.zeros((20, 128, 128, 8)))
+    drawn(ax)
+    gaps = np.isnan(np.asarray(ax.images[0].get_array())[0]).sum() / 19
+    assert gaps * ax.get_window_extent().width / ax.images[0].get_array().shape[1] > 0.8  # of a pixel
+
+
 def test_event_colors_tell_polarities_apart():
     frames = np.zeros((1, 2, 2, 2))
     frames[0, 0, 0, 0] = frames[0, 1, 1, 1] = 3
@@ -116,6 +125,7 @@ def test_event_frames_and_animation_show_every_frame(ax, tmp_path):
     frames = np.random.default_rng(0).poisson(0.2, (7, 34, 34, 2))
     assert plots.event_frames(ax, frames) is ax
     drawn(ax)
+    assert ax.get_xlabel().endswith("orange brighter, black both; full colour from 2 in a pixel and frame")
     assert [text.get_text() for text in ax.texts] == [f"t = {t}" for t in range(1, 8)]
     plots.save_gif(frames, tmp_path / "a.gif", milliseconds=50)
     with Image.open(tmp_path / "a.gif") as gif:

@@ -141,4 +141,7 @@ def test_energy_has_changeable_constants():
     np.testing.assert_allclose(spiking, [13.6e-12, 9.2e-12])
     assert dense == pytest.approx(230e-12)
     np.testing.assert_allclose(operations.energy(counted, 1, 2)[0], [12e-12, 4e-12])
-    assert "energy 0.00 uJ" in operations.table(counted)
+    counted = {"a": operations.LayerOperations(np.array([10**6]), np.array([0]), 10**6)}
+    assert "energy 0.90 uJ against 4.60 uJ" in operations.table(counted)
+    changed = operations.table(counted, 1, 2)
+    assert "energy 1.00 uJ against 2.00 uJ" in changed and "(1 pJ an accumulate, 2 pJ a multiply-acc" in changed

@@ -132,7 +132,7 @@ def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
     fig, axes = drawn["figure"]
     assert all(line.get_marker() not in ("", "None") for ax in axes.flat for line in ax.lines)
     fig.set_figwidth(6.4)
-    curves.title(fig, name)
+    curves.run_title(fig, name)
     over = fig._suptitle.get_window_extent()
     assert over.x0 > 0 and over.x1 < fig.bbox.width
     assert fig._suptitle.get_text().replace("\n", "") == name

@@ -109,8 +109,12 @@ def energy(
     return spiking * 1e-12, sum(layer.dense for layer in layers) * multiply_accumulate_pj * 1e-12
 
 
-def table(operations: Mapping[str, LayerOperations]) -> str:
-    """The counts as lines of text, in millions per sample (mean over the batch), with the energy below."""
+def table(
+    operations: Mapping[str, LayerOperations],
+    accumulate_pj: float = ACCUMULATE_PJ,
+    multiply_accumulate_pj: float = MULTIPLY_ACCUMULATE_PJ,
+) -> str:
+    """The counts as lines of text, in millions per sample (mean over the batch), with the energy below, of `energy`."""
     lines = [f"{'layer':<14}{'accumulates':>14}{'multiply-acc.':>15}{'without spikes':>16}   (millions per sample)"]
     totals = np.zeros(3)
     for name, layer in operations.items():
@@ -118,9 +122,11 @@ def table(operations: Mapping[str, LayerOperations]) -> str:
         totals += row
         lines.append(f"{name:<14}{row[0]:>14.3f}{row[1]:>15.3f}{row[2]:>16.3f}")
     lines.append(f"{'all':<14}{totals[0]:>14.3f}{totals[1]:>15.3f}{totals[2]:>16.3f}")
-    spiking, dense = energy(operations)
+    spiking, dense = energy(operations, accumulate_pj, multiply_accumulate_pj)
+    usual = (accumulate_pj, multiply_accumulate_pj) == (ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ)
     lines.append(
         f"energy {1e6 * spiking.mean():.2f} uJ against {1e6 * dense:.2f} uJ for one pass without spikes "
-        f"({ACCUMULATE_PJ} pJ an accumulate, {MULTIPLY_ACCUMULATE_PJ} pJ a multiply-accumulate, 45 nm)"
+        f"({accumulate_pj} pJ an accumulate, {multiply_accumulate_pj} pJ a multiply-accumulate"
+        f"{', for 45 nm: Horowitz, ISSCC 2014' if usual else ''})"
     )
     return "\n".join(lines)

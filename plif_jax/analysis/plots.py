@@ -25,6 +25,8 @@ OFF, ON = COLORS[0], COLORS[1]  # polarity 0, darker; polarity 1, brighter
 def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     """Membrane and spikes of single neurons in answer to one current (compare Fang et al., 2021, Fig. 2).
 
+    The membrane charges to h; where that reaches the threshold the neuron fires and the line falls to v, the reset.
+
     Args:
       currents: x [T].
       neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
@@ -33,20 +35,33 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     timesteps = np.arange(1, len(x) + 1)
     threshold = max(neuron.v_threshold for neuron in neurons.values())
     ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
-    ax.text(0.5, threshold, " threshold", color="gray", va="bottom", fontsize="small")
-    for row, ((label, neuron), color) in enumerate(zip(neurons.items(), shades(len(neurons)), strict=True)):
-        _, (v, s) = jax.lax.scan(lambda v, x, step=neuron.step: (step(v, x)[0], step(v, x)), neuron.rest(x), x)
-        ax.plot(timesteps, v, color=color, label=f"{label}, spikes: {int(s.sum())}", linewidth=1.5)
+    ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
+    answers = {label: _charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
+    top = max(threshold, *(float(h.max()) for h, _, _ in answers.values()))
+    for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
+        membrane = np.stack([h, v], 1).ravel()
+        ax.plot(timesteps.repeat(2), membrane, color=color, label=f"{label}, spikes: {int(s.sum())}", linewidth=1.5)
         ax.eventplot(
             timesteps[np.asarray(s) > 0],
-            lineoffsets=threshold * (1.15 + 0.12 * row),
-            linelengths=threshold * 0.09,
+            lineoffsets=top * (1.12 + 0.1 * row),
+            linelengths=top * 0.08,
             colors=[color],
             linewidths=2,
         )
-    ax.set(xlim=(0.5, len(x) + 0.5), xlabel="time (timesteps)", ylabel="membrane v after reset; ticks: spikes")
+    ax.set(xlim=(0.5, len(x) + 0.5), xlabel="time (timesteps)", ylabel="membrane h, reset to v; ticks: spikes")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     return ax
+
+
+def _charge_fire_reset(neuron, x):
+    """h, v and s [T] of a neuron at rest that gets currents x [T]."""
+
+    def step(v, x):
+        h = neuron.charge(v, x)
+        v, s = neuron.step(v, x)
+        return v, (h, v, s)
+
+    return jax.lax.scan(step, neuron.rest(x), x)[1]
 
 
 def surrogate_functions(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
@@ -73,13 +88,13 @@ def _surrogate_lines(ax, x, functions, ylabel):
     return ax
 
 
-def raster(ax, spikes_TN, title=""):
-    """A tick for every spike: time to the right, neurons upward."""
+def raster(ax, spikes_TN, title="", ylabel="neuron"):
+    """A tick for every spike: time to the right, neurons upward in the order given."""
     spikes_TN = np.asarray(spikes_TN)
     T, N = spikes_TN.shape
     times = [np.flatnonzero(train) + 1 for train in spikes_TN.T]
-    ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 30 / T), colors=COLORS[0])
-    ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, N - 0.5), xlabel="time (timesteps)", ylabel="neuron", title=title)
+    ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 60 / T), colors=COLORS[0])
+    ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, N - 0.5), xlabel="time (timesteps)", ylabel=ylabel, title=title)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     return ax
@@ -101,14 +116,15 @@ def firing_rates(ax, layers: Mapping[str, LayerRecord]):
     return ax
 
 
-def _mosaic(images_N, columns, gap=1.0):
-    """Images [N, H, W, ...] side by side in rows of `columns`, one pixel of `gap` between them."""
+def _mosaic(images_N, columns, fill):
+    """Images [N, H, W, ...] side by side in rows of `columns`, `fill` between them; and how wide that gap is."""
     N, H, W, *rest = images_N.shape
     rows = -(-N // columns)
-    padded = np.full((rows * columns, H + 1, W + 1, *rest), gap, np.float32)
+    gap = max(1, columns * W // 500)  # still seen where many wide images share a page
+    padded = np.full((rows * columns, H + gap, W + gap, *rest), fill, np.float32)
     padded[:N, :H, :W] = images_N
-    tiled = np.moveaxis(padded.reshape(rows, columns, H + 1, W + 1, *rest), 2, 1)
-    return tiled.reshape(rows * (H + 1), columns * (W + 1), *rest)[:-1, :-1]
+    tiled = np.moveaxis(padded.reshape(rows, columns, H + gap, W + gap, *rest), 2, 1)
+    return tiled.reshape(rows * (H + gap), columns * (W + gap), *rest)[:-gap, :-gap], gap
 
 
 def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
@@ -123,9 +139,10 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     if channels is None:
         channels = np.sort(np.argsort(-spikes_THWC.sum((0, 1, 2)), kind="stable")[:8])
     maps = np.moveaxis(spikes_THWC[..., channels], -1, 0).reshape(-1, H, W)
-    ax.imshow(_mosaic(maps, T, gap=0.5), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_xticks(np.arange(T) * (W + 1) + W / 2, np.arange(1, T + 1))
-    ax.set_yticks(np.arange(len(channels)) * (H + 1) + H / 2, channels)
+    picture, gap = _mosaic(maps, T, fill=np.nan)  # nan shows the axis, white
+    ax.imshow(picture, cmap="cividis", vmin=0, vmax=1)
+    ax.set_xticks(np.arange(T) * (W + gap) + W / 2, np.arange(1, T + 1))
+    ax.set_yticks(np.arange(len(channels)) * (H + gap) + H / 2, channels)
     ax.tick_params(length=0)
     ax.set(xlabel="time (timesteps)", ylabel="channel")
     return ax
@@ -136,11 +153,15 @@ def event_colors(frames_THW2) -> np.ndarray:
     frames = np.abs(np.asarray(frames_THW2, np.float32))
     if frames.ndim != 4 or frames.shape[-1] != 2:
         raise UserError(f"event frames of shape {frames.shape}; they are [T, H, W, 2], those of one sample")
-    some = frames[frames > 0]
-    # A hot pixel must not make the others pale.
-    strength = np.clip(frames / (np.percentile(some, 98) if some.size else 1), 0, 1)
+    strength = np.clip(frames / _full_strength(frames), 0, 1)
     ink = 1 - np.array([to_rgb(OFF), to_rgb(ON)])
     return np.clip(1 - strength @ ink, 0, 1)
+
+
+def _full_strength(frames):
+    """The value that gets the full colour: a hot pixel must not make the others pale."""
+    some = np.abs(frames)[frames != 0]
+    return np.percentile(some, 98) if some.size else 1.0
 
 
 def event_frames(ax, frames_THW2, columns: int = 5):
@@ -148,13 +169,15 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     colors = event_colors(frames_THW2)
     T, H, W, _ = colors.shape
     columns = min(columns, T)
-    ax.imshow(_mosaic(colors, columns, gap=0.5), interpolation="nearest")
+    picture, gap = _mosaic(colors, columns, fill=0.5)
+    ax.imshow(picture)
     for t in range(T):
         row, column = divmod(t, columns)
-        at = (column * (W + 1) + 0.03 * W, row * (H + 1) + 0.03 * H)
+        at = (column * (W + gap) + 0.03 * W, row * (H + gap) + 0.03 * H)
         ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small")
     ax.set(xticks=[], yticks=[])
-    ax.set_xlabel("events per frame: blue darker, orange brighter")
+    full = _full_strength(np.asarray(frames_THW2, np.float32))
+    ax.set_xlabel(f"events: blue darker, orange brighter, black both; full colour from {full:.3g} in a pixel and frame")
     return ax
 
 
