@@ -102,6 +102,13 @@ def _check_keys(keys):
             raise Refused(f"a key that is a {type(key).__name__}")
 
 
+def _member(owner, name):
+    """A function of a class, which old pickles name by `getattr`: only the name is kept."""
+    if type(owner) is not Name or not is_text(name) or len(owner.name) > LONGEST_TEXT:
+        raise Refused("an attribute of something else than a class")
+    return Name(owner.module, f"{owner.name}.{name}")
+
+
 # All that a pickle may call: what each call means here.
 CALLS: dict[str, Callable] = {
     "collections.OrderedDict": _mapping,
@@ -112,6 +119,8 @@ CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": tuple,
+    "__builtin__.getattr": _member,
+    "builtins.getattr": _member,
 }
 # Plain facts that are spelt as calls; kept as inert objects.
 FACTS = (
