@@ -4,7 +4,8 @@
 
 All other flags are those of train.py, and with -val_ratio 0.15 those of train_val.py. Runs lie under
 {log_dir_prefix}/seed_{seed}. The same command again skips what is done, continues what was stopped, and prints the
-table: per cent, mean and deviation over seeds, beside the published figure. Writes ablation.md and ablation.png.
+table: per cent, mean and deviation over seeds, beside the published figure, and what else differs from the published
+runs. Writes ablation.md and ablation.png.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import json
 import statistics
 from pathlib import Path
 
-from plif_jax import cli, config
+from plif_jax import cli
+from plif_jax.analysis import reference
 from plif_jax.catalog import DATASETS
-from plif_jax.curves import COLORS, figure, tau_over_epochs
+from plif_jax.config import Config, parse
+from plif_jax.curves import COLORS, epoch_axis, figure, line, tau_over_epochs
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
@@ -59,18 +62,18 @@ def plan(datasets, seeds, flags):
             raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
     runs = {}
     for dataset in datasets:
-        base = config.parse(flags, __doc__, dataset_name=dataset, detach_reset=True)
+        base = parse(flags, __doc__, dataset_name=dataset, detach_reset=True)
         if base.dataset_name != dataset:
             raise UserError(f"-config is for {base.dataset_name}, -datasets names {dataset}; give the one or the other")
         for name, setting in SETTINGS.items():
             runs[dataset, name] = [
                 dataclasses.replace(base, seed=s, log_dir_prefix=str(Path(base.log_dir_prefix, f"seed_{s}")), **setting)
-                for s in seeds
+                for s in dict.fromkeys(seeds)
             ]
     return runs
 
 
-def finished(run: config.Config):
+def finished(run: Config):
     """The result of a run that is done, with these settings and as many epochs; None otherwise."""
     try:
         result = json.loads((run.run_dir / "result.json").read_text())
@@ -106,6 +109,21 @@ def table(runs) -> str:
     return "\n".join(lines)
 
 
+def minds(runs) -> list[str]:
+    """What sets the runs of each data set apart from the published ones, a line each."""
+    lines = []
+    for (dataset, name), (config, *_) in runs.items():
+        if name != next(iter(SETTINGS)):
+            continue
+        whole = Config(dataset_name=dataset, detach_reset=True, **SETTINGS[name])
+        published = whole.run_name if config.val_ratio is None else reference.accuracy_b_name(dataset)
+        differing = reference.differences(config, published)
+        if config.max_epoch != whole.max_epoch:
+            differing.append(f"max_epoch is {config.max_epoch}, theirs {whole.max_epoch}")
+        lines += [f"mind: {dataset}: {difference}" for difference in differing]
+    return lines
+
+
 def mean_metrics(configs):
     """Each curve's mean over the seeds that are done, at the steps that all have."""
     metrics = [read_metrics(run.run_dir) for run in configs if finished(run)]
@@ -118,24 +136,23 @@ def mean_metrics(configs):
 
 
 def draw(runs, path):
-    """A row for each data set: accuracy of every setting, then tau of every layer for each PLIF setting."""
+    """Four panels for each data set: accuracy of every setting, and tau of every layer for each PLIF setting."""
     datasets = list(dict.fromkeys(dataset for dataset, _ in runs))
     learned = [name for name, setting in SETTINGS.items() if setting["use_plif"]]
-    fig, axes = figure(len(datasets), 1 + len(learned), width=19, height=4 * len(datasets), squeeze=False)
-    for row, dataset in zip(axes, datasets, strict=True):
+    fig, axes = figure(2 * len(datasets), 2, width=11, height=8 * len(datasets), squeeze=False)
+    for row, dataset in zip(axes.reshape(-1, 4), datasets, strict=True):
         for name, color in zip(SETTINGS, COLORS, strict=False):
             if test := mean_metrics(runs[dataset, name]).get("test_accuracy"):
                 epochs, accuracy = zip(*test, strict=True)
-                dots = "." if len(epochs) <= 40 else ""
-                row[0].plot([e + 1 for e in epochs], [100 * a for a in accuracy], color=color, marker=dots, label=name)
-        row[0].set(title=dataset, xlabel="epochs trained", ylabel="test accuracy (%), mean over seeds")
-        row[0].grid(alpha=0.3)
+                row[0].plot([e + 1 for e in epochs], [100 * a for a in accuracy], label=name, **line(epochs, color))
+        row[0].set(title=dataset, ylabel="test accuracy (%), mean over seeds")
+        epoch_axis(row[0])
         if row[0].lines:
             row[0].legend(fontsize="small")
         for ax, name in zip(row[1:], learned, strict=True):
             tau_over_epochs(ax, mean_metrics(runs[dataset, name]))
-            ax.set_title(name)
-    fig.savefig(path, dpi=100)
+            ax.set_title(f"{dataset}: {name}")
+    fig.savefig(path, dpi=120)
 
 
 def main(argv):
@@ -156,7 +173,7 @@ def main(argv):
                     train(run)
     finally:
         folder.mkdir(parents=True, exist_ok=True)
-        text = table(runs)
+        text = "\n\n".join([table(runs), *minds(runs)])
         print(f"\n{text}")
         (folder / "ablation.md").write_text(text + "\n")
         draw(runs, folder / "ablation.png")

@@ -8,6 +8,7 @@ load it.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from plif_jax import cli
@@ -26,7 +27,13 @@ def main(argv):
         raise UserError(f"{given.out} ends in neither .nir nor .jax; the ending says what to write")
     _, net = load_network(given.run, given.checkpoint)
     write = write_nir if given.out.suffix == ".nir" else write_function
-    print(f"{given.out}: {write(net, given)}, {given.out.stat().st_size / 1e6:.1f} MB")
+    try:
+        written = write(net, given)
+    except OSError as error:  # HDF5's own words are many
+        raise UserError(
+            f"{given.out} cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        ) from None
+    print(f"{given.out}: {written}, {given.out.stat().st_size / 1e6:.1f} MB")
 
 
 def write_nir(net, given):

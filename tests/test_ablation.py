@@ -33,7 +33,7 @@ def flags(tmp_path):
 
 
 def test_the_plan_is_the_papers_five_settings(flags):
-    runs = ablation.plan(["MNIST", "NMNIST"], [1, 2], flags)
+    runs = ablation.plan(["MNIST", "NMNIST"], [1, 2, 1], flags)
     assert len(runs) == 10 and {len(configs) for configs in runs.values()} == {2}
     chosen = {
         (c.use_plif, c.init_tau, c.use_max_pool) for (d, _), configs in runs.items() for c in configs if d == "MNIST"
@@ -43,6 +43,16 @@ def test_the_plan_is_the_papers_five_settings(flags):
     assert all(c.detach_reset and c.max_epoch == 3 for c in configs)
     assert len({c.run_dir for c in configs}) == 20
     assert {c.T for c in runs["NMNIST", "PLIF, tau0 = 2"]} == {10}
+
+
+def test_what_sets_the_runs_apart_from_the_published_is_said(flags):
+    assert ablation.minds(ablation.plan(["MNIST"], [1], [])) == []
+    runs = ablation.plan(["MNIST", "NMNIST"], [1], [*flags, "-train_samples", "100", "-val_ratio", "0.15"])
+    mind = ["train_samples is 100, theirs None", "max_epoch is 3, theirs 1024"]
+    assert ablation.minds(runs) == [
+        *(f"mind: MNIST: {difference}" for difference in mind),
+        *(f"mind: NMNIST: {difference}" for difference in ["T is 10, theirs 20", *mind]),
+    ]
 
 
 @pytest.mark.parametrize("flag", ["-init_tau", "--use_plif", "-seed=3"])
@@ -72,6 +82,7 @@ def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, c
     printed = capsys.readouterr().out
     assert "| MNIST | PLIF, tau0 = 2 | 99.72 | 91.50 ± 0.71 | 81.50 ± 0.71 | 2 | 3 |" in printed
     assert "| MNIST | LIF, tau = 16 | 99.49 | 90.00 ± 0.00 | 80.00 ± 0.00 | 2 | 3 |" in printed
+    assert "\n\nmind: MNIST: max_epoch is 3, theirs 1024\n" in printed
     assert (tmp_path / "logs" / "ablation.md").read_text() in printed
     assert (tmp_path / "logs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 

@@ -141,6 +141,8 @@ def test_the_script_writes_what_the_ending_says(tmp_path, script, capsys):
     assert_rates_are_those_of(trained(False), x, jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x))
     with pytest.raises(UserError, match=r"neither .nir nor .jax"):
         script.main(["RUN", "net.onnx"])
+    with pytest.raises(UserError, match=r"nowhere/net\.jax cannot be written: No such file or directory$"):
+        script.main(["RUN", str(tmp_path / "nowhere" / "net.jax")])
 
 
 def test_the_script_writes_nir(tmp_path, script, capsys):
@@ -148,3 +150,5 @@ def test_the_script_writes_nir(tmp_path, script, capsys):
     script.main(["RUN", str(tmp_path / "net.nir")])
     assert "10 NIR nodes" in capsys.readouterr().out
     assert nir.read(tmp_path / "net.nir").metadata == {"dt": 1e-4, "T": T}
+    with pytest.raises(UserError, match=r"nowhere/net\.nir cannot be written: No such file or directory$"):
+        script.main(["RUN", str(tmp_path / "nowhere" / "net.nir")])

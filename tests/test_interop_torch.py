@@ -344,6 +344,8 @@ def test_an_npz_of_objects_is_refused(tmp_path):
 def test_weights_go_out_under_known_suffixes_only(tmp_path):
     with pytest.raises(UserError, match=r"\.h5; weights are written as \.npz or \.pt"):
         torch_files.write(tmp_path / "weights.h5", {})
+    with pytest.raises(UserError, match=r"weights\.npz cannot be written: No such file or directory"):
+        torch_files.write(tmp_path / "nowhere" / "weights.npz", {})
 
 
 def test_the_script_converts_between_files(tmp_path, capsys):

@@ -51,21 +51,23 @@ def load(folder: str | Path, config: Config) -> Reference:
             f"{folder} holds no curves; give a folder with TensorBoard event files or run-RUN-tag-TAG.csv files"
         )
     ours = settings_of(config.run_name)
-    candidates = []
+    candidates = {}
     for name in sorted(runs):
         theirs = settings_of(name)
         if all(theirs[setting] == ours[setting] for setting in MUST_AGREE):
-            candidates.append((name, [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]))
+            candidates[name] = differences(config, name)
     if not candidates:
         raise UserError(f"{folder} holds no curves of a run like {config.run_name}; {_choice(runs, config)}")
-    name, differences = min(candidates, key=lambda candidate: len(candidate[1]))
-    return Reference(name, differences + unnamed_differences(config), read(runs[name]))
+    name = min(candidates, key=lambda name: len(candidates[name]))
+    return Reference(name, candidates[name], read(runs[name]))
 
 
-def unnamed_differences(config: Config) -> list[str]:
-    """What the name of a run does not tell and differs from the published runs: "train_samples is 100, theirs None"."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    return [f"{s} is {getattr(config, s)}, theirs {defaults[s]}" for s in UNNAMED if getattr(config, s) != defaults[s]]
+def differences(config: Config, run_name: str) -> list[str]:
+    """What differs between a run and a published one, as "T is 10, theirs 20"; also what the name does not tell."""
+    ours, theirs = settings_of(config.run_name), settings_of(run_name)
+    ours |= {s: getattr(config, s) for s in UNNAMED}
+    theirs |= {field.name: field.default for field in dataclasses.fields(Config) if field.name in UNNAMED}
+    return [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]
 
 
 def _choice(runs, config):
@@ -91,7 +93,7 @@ def find(folder: str | Path) -> dict[str, list[Path]]:
     runs = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.parent.name == "accuracy_B" and path.suffix == ".csv" and path.stem in DATASETS:
-            name = _accuracy_b_name(path.stem)
+            name = accuracy_b_name(path.stem)
         elif path.suffix == ".csv" and "-tag-" in path.stem:
             name = path.stem.removeprefix("run-").split("-tag-")[0]
         elif path.name.startswith("events.out.tfevents."):
@@ -103,8 +105,8 @@ def find(folder: str | Path) -> dict[str, list[Path]]:
     return runs
 
 
-def _accuracy_b_name(dataset_name):
-    """The run that the paper's authors report as accuracy-B; for N-MNIST they took T = 20."""
+def accuracy_b_name(dataset_name: str) -> str:
+    """The name of the run that the paper's authors report as accuracy-B; for N-MNIST they took T = 20."""
     T = 20 if dataset_name == "NMNIST" else None
     return Config(
         dataset_name=dataset_name, T=T, use_plif=True, use_max_pool=True, detach_reset=True, val_ratio=0.15

@@ -8,6 +8,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -79,19 +80,24 @@ def write(path, arrays):
     """Writes {name: NumPy array} as `.npz`, or as a PyTorch state dict, `.pt`, which needs PyTorch.
 
     Raises:
-      UserError: another suffix, or `.pt` without PyTorch.
+      UserError: another suffix, `.pt` without PyTorch, or a path that cannot be written.
     """
     path = Path(path)
     if path.suffix == ".npz":
-        np.savez(path, **arrays)
+        save = partial(np.savez, **arrays)
     elif path.suffix in (".pt", ".pth"):
         try:
             import torch
         except ImportError:
             raise UserError(f'writing {path} needs PyTorch: pip install "plif_jax[torch]", or write a .npz') from None
-        torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, path)
+        save = partial(torch.save, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     else:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; weights are written as .npz or .pt")
+    try:
+        with path.open("wb") as file:
+            save(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _damaged(path, what):
