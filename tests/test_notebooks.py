@@ -43,3 +43,8 @@ def test_a_notebook_is_committed_with_its_outputs(path):
     outputs = [output for _, cell in cells for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_a_network_is_trained_in_twenty_lines():
+    (training,) = [cell for _, cell in code_cells(NOTEBOOKS[1]) if "value_and_grad" in "".join(cell["source"])]
+    assert sum(bool(line.strip()) for line in training["source"]) <= 20
