@@ -147,14 +147,13 @@ def _check(field, value):
     allowed, bounds = _types(field), field.metadata
     if type(value) is int and value.bit_length() > 63:
         raise UserError(f"-{field.name}: {field.name} must be below 2**63, not a number of {value.bit_length()} bits")
-    if value is None:
-        if field.default is None or type(None) in allowed:
-            if field.name != "dataset_name":
-                return
-            raise UserError(f"-dataset_name is not given; it is one of {', '.join(DATASETS)}")
-    elif float in allowed and type(value) is int:
+    if value is None and (field.default is None or type(None) in allowed):
+        if field.name != "dataset_name":
+            return
+        raise UserError(f"-dataset_name is not given; it is one of {', '.join(DATASETS)}")
+    if float in allowed and type(value) is int:
         return _check(field, float(value))
-    elif type(value) not in allowed:
+    if type(value) not in allowed:
         given = reprlib.repr(value)  # short, of whatever a file nests
         raise UserError(f"-{field.name} {given}: {field.name} is a {allowed[0].__name__}, not a {type(value).__name__}")
     given = f"-{field.name} {value}"

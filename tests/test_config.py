@@ -63,6 +63,26 @@ def test_settings_survive_json():
 
 
 @pytest.mark.parametrize(
+    "text, said",
+    [
+        (b'{"dataset_name": "\xff"}', "can't decode byte 0xff"),
+        (b'{"dataset_name": "MNIST", "learning_rate": 1' + b"0" * 400 + b"}", "learning_rate must be below 2**63"),
+        ('{"seed": 1' + "0" * 5000 + "}", "4300 digits"),
+        ("[" * 100_000, "recursion"),
+        ('{"dataset_name": "MNIST", "T": ' + "[" * 200 + "]" * 200 + "}", "T is a int, not a list"),
+        ('{"dataset_name": "MNIST", "init_tau": null}', "init_tau is a float, not a NoneType"),
+        ('{"a\\nb": 1}', r"no field 'a\nb'"),
+        ("[1]", "not a run's settings but a list"),
+    ],
+    ids=["utf-8", "401 digits", "5001 digits", "deep", "nested", "null", "unknown", "list"],
+)
+def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
+    with pytest.raises(UserError) as error:
+        Config.from_json(text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "line, said",
     [
         ("-inti_tau 3", "unknown argument -inti_tau; did you mean -init_tau?"),
@@ -81,11 +101,15 @@ def test_settings_survive_json():
         ("-dataset_name NMNIST -use_plif maybe", "give nothing, true or false"),
         ("-dataset_name NMNIST -val_ratio 1.5", "below 1"),
         ("-dataset_name NMNIST -seed -1", "at least 0"),
+        (f"-dataset_name NMNIST -seed {'9' * 400}", "seed must be below 2**63, not a number of 1329 bits"),
+        (f"-dataset_name NMNIST -T {'9' * 5000}", "T is a whole number"),
+        ("-dataset_name NMNIST -init_tau None", "init_tau is a float, not a NoneType"),
         ("-dataset_name NMNIST -T", "expected one argument"),
         ("", "-dataset_name is not given; it is one of MNIST"),
         ("-config nowhere.py", "nowhere.py: no such file"),
         ("-dataset_name MNIST extra", "unknown argument extra"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_a_mistake_is_answered_in_one_line(line, said):
     with pytest.raises(UserError) as error:

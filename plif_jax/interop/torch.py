@@ -76,6 +76,11 @@ def _counter_names(names):
     return [name.replace("running_var", "num_batches_tracked") for name in names if name.endswith("running_var")]
 
 
+def _some(names):
+    """The first ten of many names; a file may have any number."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def state_dict(net):
     """The network's weights and running statistics as {name in the authors' program: NumPy array}."""
     arrays = {}
@@ -95,9 +100,10 @@ def load_state_dict(net, arrays):
     entries = list(_entries(net))
     names = [name for name, *_ in entries]
     missing = [name for name in names if name not in arrays]
-    unknown = [name for name in arrays if name not in names and name not in _counter_names(names)]
+    known = {*names, *_counter_names(names)}
+    unknown = [name for name in arrays if name not in known]
     if missing or unknown:
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"unknown: {_some(unknown)}"] * bool(unknown)
         raise UserError(f"these weights are not of this {type(net).__name__}; {'; '.join(parts)}")
     values = []
     for name, variable, to_torch, from_torch in entries:
