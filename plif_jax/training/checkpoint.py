@@ -7,11 +7,13 @@ Nothing is pickled.
 """
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -27,6 +29,8 @@ from plif_jax.training import state as states
 
 KEEP_EVERY_SECONDS = 4 * 3600
 SEAL = "sha256.json"
+ITEMS = ("state", "record", "metrics")
+MISSING = "files are missing, or its seal"
 
 # Settings that do not change what a run computes: a run may continue with other values.
 MAY_CHANGE = {
@@ -84,6 +88,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints are checked")
         self._manager = ocp.CheckpointManager(self.folder, options=self._options())
+        self._writer, self._writing = ThreadPoolExecutor(1), None
 
     def _options(self):
         policy = AnyPreservationPolicy([LatestN(2), _Best(), EveryNSeconds(KEEP_EVERY_SECONDS)])
@@ -99,22 +104,32 @@ class Checkpoints:
                 (folder / SEAL).write_text(json.dumps(_digests(folder)))
 
     def _set_damaged_aside(self):
-        for folder in _steps(self.folder):
-            if damage := _damage(folder):
-                self.say(f"checkpoint of step {folder.name} is damaged ({damage}); using the one before it")
-                aside = self.folder / f"damaged_{folder.name}"
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+        sound, damaged, half_removed = _examined(self.folder)
+        for path in half_removed:
+            shutil.rmtree(path, ignore_errors=True)
+        for path, damage in damaged.items():
+            aside = self.folder / f"damaged_{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            newest = sound and int(path.name) > int(sound[0].name)
+            instead = f"; using that of step {sound[0].name}" if newest else ""
+            self.say(f"checkpoint of step {path.name} is damaged ({damage}), it is now {aside}{instead}")
+        if damaged and not sound:
+            self.say(f"{self.folder} holds no other checkpoint: the training begins anew")
 
     def save(self, state, progress: dict, score: float):
         """Starts writing a checkpoint; the training goes on meanwhile.
 
         `progress` is what the loop needs to continue, JSON; `score` decides which checkpoint is best.
         """
+        self.wait()
+        for leaf in jax.tree.leaves(state):
+            leaf.copy_to_host_async()
+        # On a CPU these are views: JAX writes no new value into memory that something else still looks at.
         arrays = {name: np.asarray(leaf) for name, leaf in _names(state).items()}
         record = {
             "config": dataclasses.asdict(self.config),
-            "progress": progress,
+            "progress": copy.deepcopy(progress),  # the training changes it meanwhile
             "score": score,
         }
         step = int(arrays["step"])
@@ -126,11 +141,22 @@ class Checkpoints:
                 self._manager.delete(step)
             self._manager.save(step, args=items, metrics={"score": score})
 
-        self._guard(write)
+        # Before it writes in the background Orbax copies everything and makes folders: that too is better done there.
+        # Several processes meet in it, and must not do so beside the meetings of the training.
+        if jax.process_count() == 1:
+            self._writing = self._writer.submit(write)
+        else:
+            self._guard(write)
 
     def wait(self):
         """Waits until what was started is on the disk."""
-        self._guard(self._manager.wait_until_finished)
+        self._guard(self._finish_writing)
+
+    def _finish_writing(self):
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+        self._manager.wait_until_finished()
 
     def __enter__(self):
         return self
@@ -138,6 +164,7 @@ class Checkpoints:
     def __exit__(self, kind, error, trace):
         if error is None:
             self.wait()
+        self._writer.shutdown()
         if error is None or jax.process_count() == 1:  # closing waits for the other processes, of which one may be gone
             with contextlib.suppress(Exception):  # what is already being raised says more
                 self._manager.close()
@@ -184,9 +211,26 @@ def _steps(folder):
     return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: -int(path.name))
 
 
+def _examined(folder):
+    """The checkpoints in a folder, newest first: the sound ones, {damaged: what is wrong}, those half removed.
+
+    A program that was killed while it removed an old checkpoint leaves a part of it.
+    """
+    sound, damaged, half_removed = [], {}, []
+    for path in _steps(folder):
+        damage = _damage(path)
+        if damage is None:
+            sound.append(path)
+        elif damage == MISSING and sound:
+            half_removed.append(path)
+        else:
+            damaged[path] = damage
+    return sound, damaged, half_removed
+
+
 def _digests(folder):
     """{file: its SHA-256} of what is read from a checkpoint's folder."""
-    files = [path for item in ("state", "record", "metrics") for path in (folder / item).rglob("*") if path.is_file()]
+    files = [path for item in ITEMS for path in (folder / item).rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(files)}
 
 
@@ -199,9 +243,15 @@ def _damage(folder):
     """What is wrong with a checkpoint; None where it is as it was written."""
     try:
         sealed = json.loads((folder / SEAL).read_bytes())
+        if {name.split("/")[0] for name in sealed} != set(ITEMS):
+            return "its seal does not name its files"
         wrong = [name for name, digest in sealed.items() if _sha256(folder / name) != digest]
-    except (OSError, ValueError, AttributeError):
-        return "files are missing, or its seal"
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return error.strerror
+    except (ValueError, AttributeError, RecursionError):
+        return "its seal is not what was written"
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
@@ -242,11 +292,13 @@ def load_network(run: str | Path, kind: str = "best"):
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
-    found = [(_read_record(path)["score"], path) for path in _steps(folder.absolute()) if not _damage(path)]
-    if not found:
+    sound, damaged, _ = _examined(folder.absolute())
+    for path, damage in damaged.items():
+        print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
+    if not sound:
         raise UserError(f"{run} has no sound checkpoint in {folder}")
     # The first is the newest: of equal scores the later counts.
-    _, path = max(found, key=lambda entry: entry[0]) if kind == "best" else found[0]
+    path = max(sound, key=lambda path: _read_record(path)["score"]) if kind == "best" else sound[0]
     state = _read_state(path, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
     net.set_attributes(axis_name=None)
