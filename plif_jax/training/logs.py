@@ -4,6 +4,7 @@ The JSON lines are the record; a checkpoint knows how many there were. A run tha
 writes the event file anew, so that a curve has neither doubled nor missing points, wherever the run was stopped.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -33,7 +34,7 @@ def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
 
 def _read(path):
     try:
-        return [_point(line) for line in path.read_bytes().splitlines()]
+        return [_point(line) for line in path.read_bytes().splitlines() if line]
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run: it has no {FILE}") from None
     except ValueError as error:
@@ -45,22 +46,38 @@ class Logs:
 
     Args:
       run_dir: the run's folder, made if missing.
-      points: how many of the scalars on disk still hold, as the checkpoint says from which the run continues.
+      points: how many of the scalars on disk still hold, as the checkpoint says from which the run continues; None
+        where there is no checkpoint. Scalars that are there nevertheless are set aside, never lost.
+      say: prints a line for people.
     """
 
-    def __init__(self, run_dir: Path, points: int = 0):
+    def __init__(self, run_dir: Path, points: int | None = None, say=print):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE
-        kept = _read_valid(self.path)[:points]
+        if points is None:
+            self._set_aside(say)
+        self.points = points or 0
+        lines = self.path.read_bytes().split(b"\n")[: self.points] if self.path.exists() else []
+        kept = list(filter(None, map(_valid, lines)))
+        if len(kept) < self.points:
+            say(f"{self.path} is damaged: {self.points - len(kept)} of {self.points} points are lost")
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(map(_line, kept)))
+        # An empty line for each that is lost: checkpoints count lines.
+        temporary.write_bytes(b"".join(map(_line, kept)) + b"\n" * (self.points - len(kept)))
         os.replace(temporary, self.path)
-        self.points = len(kept)
         for outdated in run_dir.glob("events.out.tfevents.*"):
             outdated.unlink()
         self._events = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         begin = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
         self._events.write_bytes(_framed(begin) + b"".join(map(_scalar, kept)))
+
+    def _set_aside(self, say):
+        """Gives the scalars of a run whose checkpoints are gone a name that is free."""
+        if self.path.exists() and self.path.stat().st_size:
+            names = (self.path.with_name(f"metrics_{i}.jsonl") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.path.rename(aside)
+            say(f"there is no checkpoint to continue from; the curves of the run before are kept in {aside}")
 
     def add(self, tag: str, value: float, step: int):
         """Records one scalar at a step, or at an epoch as the tag has it."""
@@ -103,15 +120,12 @@ def _checksum(content):
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _read_valid(path):
-    """The points up to the first damaged line: a killed run may have left half of one."""
-    points = []
+def _valid(line):
+    """A scalar from its line, None where the line is damaged."""
     try:
-        for line in path.read_bytes().splitlines():
-            points.append(_point(line))
-    except (FileNotFoundError, ValueError):
-        pass
-    return points
+        return _point(line)
+    except ValueError:
+        return None
 
 
 def _point(line):
