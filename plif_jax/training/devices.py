@@ -12,11 +12,17 @@ def choose(config, say=print) -> list:
     has none of that kind, the devices that it has are taken, and that is said: so the paper's commands run anywhere.
 
     Raises:
-      UserError: the device does not exist, or the batch does not divide among the devices.
+      UserError: the device does not exist, a process has none, or the batch does not divide among the devices.
     """
     devices = jax.devices()
     if config.device is not None:
         devices = _named(config.device, say)
+    without = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if without:
+        raise UserError(
+            f"-device {config.device}: process {min(without)} has none of {', '.join(map(str, devices))}; "
+            f"leave -device out, or name some of each process's among all {len(jax.devices(devices[0].platform))}"
+        )
     share, rest = divmod(config.batch_size, len(devices))
     if rest:
         fitting = [n for n in (share * len(devices), (share + 1) * len(devices)) if n]

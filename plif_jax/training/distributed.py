@@ -1,6 +1,7 @@
 """Several processes as one run, through JAX's own runtime."""
 
 import os
+import re
 
 import jax
 
@@ -10,36 +11,56 @@ from plif_jax.errors import UserError
 HEARTBEAT_SECONDS = 30
 
 
-def join(config):
+def join(config, say=print):
     """Joins the other processes of the run: as the flags say, or as found on SLURM and TPU pods; else does nothing.
 
     Raises:
-      UserError: some of -coordinator, -num_processes and -process_id are missing, or the coordinator does not answer.
+      UserError: some of -coordinator, -num_processes and -process_id are missing or wrong, or the coordinator does not
+        answer.
     """
-    given = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
-    missing = [f"-{name}" for name, value in given.items() if value is None]
-    settings = {}
-    if len(missing) < len(given):
-        if missing:
-            raise UserError(
-                f"{' and '.join(missing)} missing: several processes need -coordinator, -num_processes, -process_id"
-            )
-        if config.process_id >= config.num_processes:
-            raise UserError(f"-process_id {config.process_id}: give 0 to {config.num_processes - 1}")
-        settings = dict(
-            coordinator_address=config.coordinator, num_processes=config.num_processes, process_id=config.process_id
-        )
-    elif not _on_cluster():
-        return
-    if jax.distributed.is_initialized():
+    settings = _given(config)
+    if jax.distributed.is_initialized() or not (settings or _several_slurm_tasks() or _maybe_tpu_pod()):
         return
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=120)
     except RuntimeError as error:
+        if not settings and not _several_slurm_tasks() and "before any JAX calls" in str(error):
+            return  # a notebook on a TPU: where there are other hosts, its first computation has met them
         raise UserError(f"the processes did not find each other: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError) as error:
+        if settings or _several_slurm_tasks():
+            raise UserError(f"the processes did not find each other: {error}") from None
+        say(f"JAX finds no other hosts of this TPU ({error}); give -coordinator, -num_processes, -process_id if it has")
 
 
-def _on_cluster():
-    """Whether SLURM or a TPU pod started more than one process; JAX then finds the rest by itself."""
-    several_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    return several_tasks or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+def _given(config):
+    """What the flags say, as `jax.distributed.initialize` takes it; nothing where they are absent."""
+    given = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"-{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return {}
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing: several processes need -coordinator, -num_processes, -process_id"
+        )
+    if not re.fullmatch(r"\S+:\d{1,5}", config.coordinator):
+        raise UserError(f"-coordinator {config.coordinator}: give host:port of process 0, such as localhost:9876")
+    if config.process_id >= config.num_processes:
+        raise UserError(f"-process_id {config.process_id}: give 0 to {config.num_processes - 1}")
+    return {"coordinator_address": config.coordinator} | {name: given[name] for name in ("num_processes", "process_id")}
+
+
+def _several_slurm_tasks():
+    """Whether srun started this process as one of several: a shell in an allocation has the tasks' number alone."""
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _maybe_tpu_pod():
+    """Whether this is a TPU that may span hosts. JAX alone knows how to ask, and its devices wait for all hosts.
+
+    JAX itself puts the TPU first where it finds one. What says that there is one host, on Kaggle and Kubernetes, saves
+    the asking.
+    """
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "unknown, perhaps several"))
+    several = "," in hosts or os.environ.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    return (jax.config.jax_platforms or "").startswith("tpu") and several
