@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, evaluation, logs and checkpoints."""
 
+import itertools
 import sys
 import time
 
@@ -33,7 +34,7 @@ def train(config, say=print) -> dict:
       signals.Interrupted: SIGTERM or SIGINT asked the run to stop; it has saved, and the same call continues it.
     """
     state.set_precision(config)
-    distributed.join(config)
+    distributed.join(config, say)
     main = jax.process_index() == 0
     say = say if main else lambda line: None
     chosen = devices.choose(config, say)
@@ -41,7 +42,8 @@ def train(config, say=print) -> dict:
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     try:
-        with Checkpoints(config.checkpoint_dir, config, say) as checkpoints, signals.listening() as stop:
+        # Listening to the end: a signal while the last checkpoint is written must not stop that.
+        with signals.listening() as stop, Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
             return Run(config, dataset, chosen, checkpoints, stop, say).finish()
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
         raise UserError(
@@ -54,7 +56,8 @@ class Run:
     """A run in progress: the state on the devices, and how far it has come.
 
     `progress` is what a checkpoint keeps beside the state: the epochs done, summed loss and accuracy of the steps of
-    the epoch begun, how many scalars were logged, seconds spent, and the figures of the best and the last epoch.
+    the epoch begun, how many scalars were logged, seconds spent, the figures of the best and the last epoch, and what
+    tells the data from other data.
     """
 
     def __init__(self, config, dataset, chosen, checkpoints, stop, say):
@@ -71,19 +74,19 @@ class Run:
         self.evaluate_batches = {
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
-        self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": 0, "best": None, "last": None}
+        self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None}
         self.progress |= {"seconds": 0.0, "samples_per_second": 0.0}
+        self.progress["data"] = {name: batches.digest(part) for name, part in self.parts.items()}
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
         restored = checkpoints.restore(self.state)
         if restored is not None:
             self.state, progress = restored
+            self._refuse_other_data(progress["data"])
             self.progress |= progress
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
         if self.main:
-            self.logs = Logs(config.run_dir, self.progress["points"])
-            if self.logs.points < self.progress["points"]:
-                say(f"{self.logs.path} was damaged: {self.logs.points} of {self.progress['points']} points are left")
+            self.logs = Logs(config.run_dir, self.progress["points"], say)
             (config.run_dir / "config.json").write_text(config.to_json())
         self.started = time.monotonic() - self.progress["seconds"]
 
@@ -98,6 +101,7 @@ class Run:
             self.conclude(epoch, figures)
         result = report.result(self)
         if self.main:
+            report.write(self.config, result)
             report.conclude(self.config, result, self.say)
         return result
 
@@ -138,6 +142,7 @@ class Run:
                 count += pending[1]
             taken = (count - already) * self.config.batch_size
             self.progress |= {"sums": sums.tolist(), "samples_per_second": taken / (time.monotonic() - began)}
+        self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)
         loss, accuracy = sums / max(count, 1)
@@ -146,10 +151,10 @@ class Run:
     def _call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
         K = steps_per_call(self.config, self.devices)
-        sizes = [K] * (self.steps_per_epoch // K) + [1] * (self.steps_per_epoch % K)
-        while done > 0:
-            done -= sizes.pop(0)
-        return sizes
+        rest = self.steps_per_epoch // K * K
+        cuts = [*range(0, rest, K), *range(rest, self.steps_per_epoch + 1)]
+        # A run that was stopped on other devices, with another K, may be between two cuts.
+        return [end - start for start, end in itertools.pairwise([done, *(cut for cut in cuts if cut > done)])]
 
     def _account(self, first, size, metrics, index_SB):
         """Logs the figures of a call's steps; returns their summed loss and accuracy."""
@@ -164,15 +169,38 @@ class Run:
         return np.array([loss.sum(dtype=float), accuracy.sum(dtype=float)])
 
     def _explain_failure(self, at, index_SB):
-        epoch, position = divmod(at, self.steps_per_epoch)
+        position = at % self.steps_per_epoch
         split = self.parts["train"].split
         x, y = split.x[index_SB[position]], split.y[index_SB[position]]
         before = jax.tree.map(jnp.asarray, jax.device_get(self.state))
-        where = step.first_failure(self.config, self.graphdef, before, x, y)
+        self._fail(at, step.first_failure(self.config, self.graphdef, before, x, y) or "the loss")
+
+    def _refuse_lost_weights(self):
+        """Stops where the last update made weights of which nothing comes back, before they are tested or saved."""
+        lost = step.first_lost(self.state.params)
+        if lost:
+            self._fail(int(self.state.step) - 1, f"the norm of the weights of {lost} after the update")
+
+    def _fail(self, at, what):
         raise UserError(
-            f"epoch {epoch + 1}, step {at}: {where or 'the loss'} is not finite. Nothing was saved since the last "
-            f"checkpoint; -seed {self.config.seed} gives the same batch again; a smaller -learning_rate may help"
+            f"epoch {at // self.steps_per_epoch + 1}, step {at}: {what} is not finite. Nothing was saved since the "
+            f"last checkpoint; -seed {self.config.seed} gives the same batch again; a smaller -learning_rate may help"
         )
+
+    def _refuse_other_data(self, before):
+        now = self.progress["data"]
+        differing = [
+            f"{name} has {now[name]['samples']} samples, had {before[name]['samples']}"
+            if now[name]["samples"] != before[name]["samples"]
+            else f"the samples of {name} are others"
+            for name in now
+            if now[name] != before[name]
+        ]
+        if differing:
+            raise UserError(
+                f"{self.config.checkpoint_dir} holds a run on other data: {'; '.join(differing)}. "
+                "Give its -data_root again to continue it, or another -log_dir_prefix"
+            )
 
     def accuracy(self, name) -> float:
         """Share of a part's samples, 0..1, that the network as it is now classifies rightly."""

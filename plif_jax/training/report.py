@@ -64,8 +64,11 @@ def conclude(config, result, say):
     best, last = result["best"], result["last"]
     say(f"\n{result['protocol']} of {config.run_name}")
     chosen = "test" if config.val_ratio is None else "validation"
-    say(f"  best   {_percent(best)} in epoch {best['epoch']}, chosen by {chosen} accuracy")
-    say(f"  last   {_percent(last)} in epoch {last['epoch']}")
+    if best is None:
+        say(f"  no epoch was tested: {result['epochs']} are done, -eval_every is {config.eval_every}")
+    else:
+        say(f"  best   {_percent(best)} in epoch {best['epoch']}, chosen by {chosen} accuracy")
+        say(f"  last   {_percent(last)} in epoch {last['epoch']}")
     for name, tau in result["tau"].items():
         say(f"  tau    {name:<8} {result['tau_before'][name]:.3f} -> {tau:.3f}")
     say(f"  time   {result['seconds']:.0f} s, {result['samples_per_second']:.0f} training samples/s")

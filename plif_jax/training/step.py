@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -137,6 +138,16 @@ def make_evaluate(config, graphdef, devices, data_axis, firing_rates=False):
 
     axes = (None, None, data_axis, data_axis, 0)
     return jax.pmap(evaluate, AXIS, in_axes=axes, out_axes=None, devices=devices)
+
+
+def first_lost(params):
+    """The first layer with weights that are not finite, or so large that their squares are not; or None."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for path, leaf in jax.tree.leaves_with_path(params):
+            # A dot product runs through the weights without writing anything.
+            if not np.isfinite(np.vdot(leaf, leaf)):
+                return jax.tree_util.keystr(path[:2], simple=True, separator=".")
+    return None
 
 
 def first_failure(config, graphdef, state, x, y):
