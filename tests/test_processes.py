@@ -3,6 +3,8 @@
 import re
 import signal
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,13 +12,72 @@ import pytest
 from programs import SETTINGS, as_processes, assert_same_result, result, saved, started, wait_for
 
 from plif_jax.config import Config
-from plif_jax.training import loop
+from plif_jax.errors import UserError
+from plif_jax.training import distributed, loop
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Prepared frames and compiled programs, which the tests share."""
     return tmp_path_factory.mktemp("shared")
+
+
+def joined(monkeypatch, environment=None, platforms="cpu", error=None, **flags):
+    """What `join` asks of JAX in an environment, None where it does not; and what it says."""
+    asked, said = [], []
+
+    def initialize(**settings):
+        asked.append({name: value for name, value in settings.items() if "timeout" not in name})
+        if error is not None:
+            raise error
+
+    runtime = SimpleNamespace(initialize=initialize, is_initialized=lambda: False)
+    jax_here = SimpleNamespace(distributed=runtime, config=SimpleNamespace(jax_platforms=platforms))
+    monkeypatch.setattr(distributed, "jax", jax_here)
+    monkeypatch.setattr(distributed.os, "environ", environment or {})
+    distributed.join(Config(dataset_name="Digits", **flags), said.append)
+    return (asked or [None])[0], said
+
+
+def test_processes_are_found_by_flags_slurm_and_tpu_pods(monkeypatch):
+    find = partial(joined, monkeypatch)
+    flags = {"coordinator": "host:9876", "num_processes": 2, "process_id": 1}
+    assert find(**flags) == ({"coordinator_address": "host:9876", "num_processes": 2, "process_id": 1}, [])
+    assert find() == (None, [])
+    srun = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    assert find(srun) == ({}, [])
+    assert find({"SLURM_NTASKS": "4"}) == (None, [])  # in the shell of salloc or sbatch
+    assert find(srun | {"SLURM_STEP_NUM_TASKS": "1"}) == (None, [])
+    # Google's TPU machines say nothing in the environment: JAX asks the metadata server.
+    assert find(platforms="tpu,cpu") == ({}, [])
+    assert find({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu") == ({}, [])
+    assert find({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu") == (None, [])
+    assert find({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu") == (None, [])
+    assert find({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "tpu,cpu") == ({}, [])
+
+
+def test_a_single_tpu_host_trains_alone(monkeypatch):
+    find = partial(joined, monkeypatch, None, "tpu,cpu")
+    for error in (ValueError("coordinator_address should be defined."), ConnectionError("metadata.google.internal")):
+        _, said = find(error)
+        assert "JAX finds no other hosts of this TPU" in said[0]
+    assert find(RuntimeError("must be called before any JAX calls that")) == ({}, [])
+    with pytest.raises(UserError, match="did not find each other: DEADLINE_EXCEEDED"):
+        find(RuntimeError("DEADLINE_EXCEEDED"))
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"coordinator": "localhost"}, "-coordinator localhost: give host:port"),
+        ({"coordinator": "localhost:"}, "-coordinator localhost:: give host:port"),
+        ({"process_id": 2}, "-process_id 2: give 0 to 1"),
+        ({"process_id": None, "num_processes": None}, "-num_processes and -process_id missing"),
+    ],
+)
+def test_wrong_flags_of_processes_are_refused(monkeypatch, flags, says):
+    with pytest.raises(UserError, match=says):
+        joined(monkeypatch, **{"coordinator": "localhost:9876", "num_processes": 2, "process_id": 0} | flags)
 
 
 @pytest.fixture

@@ -1,0 +1,129 @@
+"""Checkpoints and curves by themselves: written beside the training, kept, examined, and mended where they can be."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from plif_jax.config import Config
+from plif_jax.training import checkpoint, logs
+
+CONFIG = Config(dataset_name="Digits")
+
+
+def state_of(step):
+    """A small state on a device."""
+    return {"kernel": jnp.full((300, 300), float(step)), "step": jnp.int32(step)}
+
+
+def fill(folder, steps=(5, 10, 15, 20), scores=None):
+    """Saves a checkpoint at each of the steps."""
+    with checkpoint.Checkpoints(folder, CONFIG) as checkpoints:
+        for step, score in zip(steps, scores or [0.5] * len(steps), strict=True):
+            checkpoints.save(state_of(step), {"epoch": step // 5}, score)
+
+
+def restored(folder):
+    """(step of the checkpoint that a run would continue from, what it says)."""
+    said = []
+    with checkpoint.Checkpoints(folder, CONFIG, said.append) as checkpoints:
+        found = checkpoints.restore(state_of(0))
+    return found and int(found[0]["step"]), said
+
+
+def kept(folder):
+    return sorted(int(path.name) for path in folder.glob("[0-9]*"))
+
+
+def test_saving_does_not_wait_and_later_steps_do_not_reach_it(tmp_path, monkeypatch):
+    save = ocp.CheckpointManager.save
+
+    def slow_save(*args, **kwargs):
+        time.sleep(1)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", slow_save)
+    train = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    with checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
+        progress, state = {"epoch": 1, "best": {"epoch": 1}}, train(train(state_of(3)))
+        began = time.perf_counter()
+        checkpoints.save(state, progress, 0.5)
+        assert time.perf_counter() - began < 0.5
+        for _ in range(3):  # in the memory of the state that is being saved, as far as JAX may take it
+            state = train(state)
+        jax.block_until_ready(state)
+        progress["best"]["epoch"] = 2
+        assert not kept(tmp_path)
+        checkpoints.wait()
+        found, then = checkpoints.restore(state_of(0))
+    assert (found["kernel"] == 5).all() and int(found["step"]) == 5 and then["best"]["epoch"] == 1
+
+
+def test_kept_are_the_last_two_the_best_and_timed_ones(tmp_path, monkeypatch):
+    scores = [0.1, 0.9, 0.2, 0.3, 0.4, 0.4]
+    fill(tmp_path / "few", range(1, 7), scores)
+    assert kept(tmp_path / "few") == [1, 2, 5, 6]  # four hours begin with the first
+    monkeypatch.setattr(checkpoint, "KEEP_EVERY_SECONDS", 1e-6)
+    fill(tmp_path / "timed", range(1, 7), scores)
+    assert kept(tmp_path / "timed") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("seal", ["{}", "[" * 100_000, '{"state/a": 1'])
+def test_a_seal_that_says_nothing_is_damage(tmp_path, seal):
+    fill(tmp_path, (5, 10))
+    (tmp_path / "10" / checkpoint.SEAL).write_text(seal)
+    step, (said,) = restored(tmp_path)
+    assert step == 5 and "checkpoint of step 10 is damaged (its seal" in said and "using that of step 5" in said
+
+
+def test_only_what_matters_is_said_of_old_checkpoints(tmp_path):
+    fill(tmp_path, (5, 10, 15), [0.9, 0.8, 0.1])
+    (tmp_path / "5" / "record" / "metadata").unlink()  # as a program leaves it that is killed while it removes it
+    assert restored(tmp_path) == (15, []) and kept(tmp_path) == [10, 15]
+    (tmp_path / "10" / "record" / "metadata").write_bytes(b"{}")
+    step, (said,) = restored(tmp_path)
+    assert step == 15 and "checkpoint of step 10 is damaged" in said and "using" not in said
+    assert (tmp_path / "damaged_10").is_dir()
+
+
+def test_a_network_is_loaded_past_damage_and_that_is_said(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(CONFIG, log_dir_prefix=str(tmp_path))
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.to_json())
+    fill(config.checkpoint_dir, (5, 10))
+    (config.checkpoint_dir / "10" / "record" / "metadata").write_bytes(b"")
+    monkeypatch.setattr(checkpoint, "_read_state", lambda path, template: pytest.fail(path.name))
+    with pytest.raises(pytest.fail.Exception, match=r"^5$"):
+        checkpoint.load_network(config.run_dir, "latest")
+    assert "checkpoint of step 10 is damaged" in capsys.readouterr().out
+
+
+def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
+    written = logs.Logs(tmp_path)
+    for step in range(6):
+        written.add("train_loss", step / 8, step)
+    path = tmp_path / logs.FILE
+    lines = path.read_bytes().splitlines()
+    lines[1] = b'{"tag": "tr\xff'
+    path.write_bytes(b"\n".join(lines[:5]) + b"\n" + lines[5][:9])  # and the last is half a line
+    said = []
+    continued = logs.Logs(tmp_path, 5, said.append)
+    assert len(said) == 1 and "1 of 5 points are lost" in said[0]
+    assert continued.points == 5 and [at for at, _ in logs.read_metrics(tmp_path)["train_loss"]] == [0, 2, 3, 4]
+    continued.add("train_loss", 1, 5)
+    assert logs.Logs(tmp_path, 5, said.append).points == 5  # a checkpoint counts what it counted before
+    assert [at for at, _ in logs.read_metrics(tmp_path)["train_loss"]] == [0, 2, 3, 4]
+
+
+def test_curves_without_a_checkpoint_are_set_aside(tmp_path):
+    for value in (0.25, 0.5):
+        logs.Logs(tmp_path, say=lambda line: None).add("train_loss", value, 0)
+    logs.Logs(tmp_path, say=lambda line: None)
+    assert not logs.read_metrics(tmp_path)
+    aside = [json.loads((tmp_path / f"metrics_{i}.jsonl").read_text())["value"] for i in (1, 2)]
+    np.testing.assert_array_equal(aside, [0.25, 0.5])
