@@ -10,7 +10,7 @@ from plif_jax.errors import UserError
 SPLIT_BY = ("number", "time")
 NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
 
-BLOCK = 1 << 14  # events at a time: what is made of them stays in the cache, and is no fresh memory
+BLOCK = 1 << 15  # events at a time: what is made of them stays in the cache, and is no fresh memory
 
 EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
 
@@ -86,38 +86,36 @@ def _integers(column):
 
 def _count(t_N, x_N, y_N, p_N, edges, height, width):
     """Count the events between each two edges [T, height, width, 2], and check them on the way."""
-    counts_TP = np.zeros((len(edges) - 1, height * width * 2), np.int32)
-    one = np.int32(1)  # of the counts' own type, or `add.at` is ten times slower
-    x_B, y_B, p_B = np.empty((3, min(BLOCK, len(t_N))), np.int64)
+    pixels = height * width * 2
+    pixel_N = np.empty(len(t_N), np.min_scalar_type(pixels))  # narrow: 16 bits are worked four times as fast as 64
     for first in range(0, len(t_N), BLOCK):
         block = slice(first, first + BLOCK)
         _check_order(t_N[max(first - 1, 0) : block.stop], max(first - 1, 0))
-        x, pixel = (_inside(*column) for column in (("x", x_N[block], x_B, width), ("y", y_N[block], y_B, height)))
-        pixel *= width
-        pixel += x
-        pixel *= 2
-        on = p_B[: len(pixel)]
-        on[...] = p_N[block] != 0
-        pixel += on
-        for j in range(np.searchsorted(edges, first, "right") - 1, len(counts_TP)):
-            if edges[j] >= block.stop:
-                break
-            np.add.at(counts_TP[j], pixel[max(edges[j] - first, 0) : edges[j + 1] - first], one)
+        pixel_B = pixel_N[block]
+        pixel_B[...] = _inside("y", y_N[block], height)
+        pixel_B *= width
+        pixel_B += _inside("x", x_N[block], width).astype(pixel_B.dtype)
+        pixel_B *= 2
+        pixel_B += p_N[block] != 0
+    counts_TP = np.empty((len(edges) - 1, pixels), np.int32)
+    for j, events_of_j in enumerate(map(slice, edges, edges[1:])):
+        counts_TP[j] = np.bincount(pixel_N[events_of_j], minlength=pixels)
     return counts_TP.reshape(-1, height, width, 2)
 
 
-def _inside(name, column_B, whole_B, size):
-    """Copy coordinates into `whole_B`; UserError unless all lie in 0 .. size - 1."""
-    inside_B = whole_B[: len(column_B)]
-    inside_B[...] = column_B
-    if inside_B.view(np.uint64).max() >= size:  # as which a negative number is a large one
-        outside = inside_B.min() if inside_B.min() < 0 else inside_B.max()
+def _inside(name, column_B, size):
+    """A copy of coordinates; UserError unless all lie in 0 .. size - 1."""
+    column_B = np.array(column_B)
+    # As unsigned numbers, of which a negative one is large.
+    if column_B.view(column_B.dtype.str.replace("i", "u")).max() >= size:
+        outside = column_B.min() if column_B.min() < 0 else column_B.max()
         raise UserError(f"an event at {name} = {outside} lies outside the sensor: {name} is 0 to {size - 1} there.")
-    return inside_B
+    return column_B
 
 
 def _check_order(t_B, first):
     """UserError unless times do not decrease; `first` is the number of the first of them."""
+    t_B = np.array(t_B)  # of records, which lie apart: read once
     backwards_B = t_B[1:] < t_B[:-1]
     if backwards_B.any():
         i = int(np.argmax(backwards_B)) + 1
