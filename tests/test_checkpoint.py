@@ -127,3 +127,12 @@ def test_curves_without_a_checkpoint_are_set_aside(tmp_path):
     assert not logs.read_metrics(tmp_path)
     aside = [json.loads((tmp_path / f"metrics_{i}.jsonl").read_text())["value"] for i in (1, 2)]
     np.testing.assert_array_equal(aside, [0.25, 0.5])
+
+
+def test_event_files_of_others_are_left_alone(tmp_path):
+    """The paper's program writes into a folder of the same name."""
+    (tmp_path / "events.out.tfevents.1.theirs").write_bytes(b"theirs")
+    for points in (None, 0):
+        logs.Logs(tmp_path, points)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+    assert (tmp_path / "events.out.tfevents.1.theirs").read_bytes() == b"theirs"

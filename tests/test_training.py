@@ -247,6 +247,15 @@ def test_a_run_that_diverges_stops_before_anything_is_saved(settings, tmp_path, 
     assert not list(config.checkpoint_dir.glob("[0-9]*")) and "test_accuracy" not in read_metrics(config.run_dir)
 
 
+def test_the_first_layer_that_failed_is_named_also_where_names_sort_otherwise(settings):
+    config = settings(number_layer=4)
+    graphdef, now = state.create(config, state.adam(config, 1), jax.local_devices()[:1])
+    for index in (4, 12):
+        now.params["conv"][index]["kernel"][...] = jnp.full_like(now.params["conv"][index]["kernel"][...], jnp.nan)
+    frames = np.ones((2, 3, 34, 34, 2), np.uint8)
+    assert step.first_failure(config, graphdef, now, frames, np.zeros(2, np.int32)) == "the output of conv.4"
+
+
 def test_other_settings_are_refused_by_name(settings, whole):
     other = dataclasses.replace(whole[0], batch_size=4, seed=1, max_epoch=3)
     with pytest.raises(UserError, match="batch_size was 8, is 4; seed was 2020, is 1"):

@@ -10,7 +10,7 @@ from plif_jax.errors import UserError
 SPLIT_BY = ("number", "time")
 NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
 
-BLOCK = 1 << 15  # events at a time: what is made of them stays in the cache, and is no fresh memory
+BLOCK = 1 << 16  # events at a time: what is made of them stays in the cache, and is no fresh memory
 
 EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
 

@@ -18,6 +18,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from plif_jax.errors import UserError
 
 FILE = "metrics.jsonl"
+OURS = ".plif_jax"  # ends the name of an event file of ours: the paper's program writes its own into the same folder
 
 
 def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
@@ -65,9 +66,9 @@ class Logs:
         # An empty line for each that is lost: checkpoints count lines.
         temporary.write_bytes(b"".join(map(_line, kept)) + b"\n" * (self.points - len(kept)))
         os.replace(temporary, self.path)
-        for outdated in run_dir.glob("events.out.tfevents.*"):
+        for outdated in run_dir.glob(f"events.out.tfevents.*{OURS}"):
             outdated.unlink()
-        self._events = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._events = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}{OURS}"
         begin = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
         self._events.write_bytes(_framed(begin) + b"".join(map(_scalar, kept)))
 

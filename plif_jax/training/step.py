@@ -169,10 +169,11 @@ def first_failure(config, graphdef, state, x, y):
     # The layers average over AXIS; a mapped axis of one device stands in for it.
     grad = jax.vmap(jax.grad(loss, has_aux=True), (None, 0, 0), axis_name=AXIS)
     grads, finite = jax.jit(grad)(state.params, x[None], y[None])
-    for name, good in finite.items():
-        if not good.all():
+    names = list(nnx.merge(graphdef, state.params, state.batch_stats).named_layers())  # in order; jit sorts them
+    for name in names:
+        if not finite[name].all():
             return f"the output of {name}"
-    for name in reversed(list(finite)):
+    for name in reversed(names):
         part, index = name.split(".")
         if not all(jnp.isfinite(g).all() for g in jax.tree.leaves(dict(grads[part]).get(int(index), ()))):
             return f"the gradient of {name}"
