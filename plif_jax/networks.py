@@ -5,12 +5,9 @@ layer by layer. The entries are builders: given the shape that reaches it, each 
 that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
@@ -84,25 +81,12 @@ def linear(features=None):
             use_bias=False,
             kernel_init=torch_default_init,
             dtype=net.dtype,
-            dot_general=_dot,
             param_dtype=float,
             rngs=rngs,
         )
         return layer, (n_out,)
 
     return build
-
-
-def _dot(x, kernel, dimensions, **kwargs):
-    """`lax.dot_general`, where a row alone is worked as two.
-
-    One row would be a product of a matrix with a vector, which sums in another order: live inference, one sample and
-    one timestep at a time, would not be the whole sequence.
-    """
-    if math.prod(x.shape[:-1]) > 1:
-        return lax.dot_general(x, kernel, dimensions, **kwargs)
-    two = jnp.concatenate([x, x])
-    return lax.dot_general(two, kernel, dimensions, **kwargs)[: len(x)]
 
 
 def norm(net, shape, rngs):
