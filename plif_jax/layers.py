@@ -5,6 +5,8 @@ Convolutions and linear layers need no time of their own: they see T * B as one 
 tie, or because the paper's program initialises as PyTorch does.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -75,6 +77,30 @@ class BatchNorm(nnx.Module):
         keep = 1 - self.momentum
         weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
         running[...] = keep**T * running[...] + weights_T @ new_TC
+
+
+class Linear(nnx.Linear):
+    """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation mode multiplies `ROWS` rows at a time.
+
+    A matrix product sums in another order for another number of rows. With always as many, rows of zeros among them,
+    a sequence in chunks gives exactly what one call gives.
+    """
+
+    ROWS = 32  # more make live inference slower, fewer read the kernel more often
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.use_running_average = False  # named as in `BatchNorm`: what Flax switches for evaluation
+
+    def __call__(self, x_TBF):
+        """x [T, B, in] to [T, B, out]."""
+        *leading, features = x_TBF.shape
+        count = math.prod(leading)
+        if not self.use_running_average or not isinstance(count, int):  # exported for any B, rows cannot be counted
+            return super().__call__(x_TBF)
+        rows = jnp.pad(x_TBF.reshape(count, features), ((0, -count % self.ROWS), (0, 0)))
+        y = lax.map(super().__call__, rows.reshape(-1, self.ROWS, features))
+        return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, -1)
 
 
 def dropout_key(rngs):

@@ -13,7 +13,7 @@ from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import conv3x3
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout, avg_pool, dropout_key, max_pool, torch_default_init, vote
+from plif_jax.layers import BatchNorm, Dropout, Linear, avg_pool, dropout_key, max_pool, torch_default_init, vote
 
 
 class Pool(nnx.Module):
@@ -75,7 +75,7 @@ def linear(features=None):
         n_in, n_out = shape[0], features or shape[0] // 4
         if n_out == 0:
             raise UserError(f"{n_in} values reach the first linear layer, 4 at least are needed: give more channels")
-        layer = nnx.Linear(
+        layer = Linear(
             n_in,
             n_out,
             use_bias=False,

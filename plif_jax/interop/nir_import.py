@@ -8,6 +8,7 @@ from flax import nnx
 from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.nir_export import channels_first, pair, shape_after, vote_weight
+from plif_jax.layers import Linear
 from plif_jax.networks import Flatten, Pool, SpikingNet
 
 
@@ -186,7 +187,7 @@ def _linear_from_nir(node, flattened):
         H, W, C = flattened
         kernel = kernel.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
     bias = node.bias if isinstance(node, nir.Affine) else None
-    layer = nnx.Linear(kernel.shape[0], kernel.shape[1], **_empty(use_bias=bias is not None))
+    layer = Linear(kernel.shape[0], kernel.shape[1], **_empty(use_bias=bias is not None))
     return _filled(layer, kernel, bias)
 
 

@@ -9,9 +9,8 @@ the caller's choice: `spiking_neuron` makes one per spiking layer, e.g. `lambda:
 from functools import partial
 
 import jax
-from flax import nnx
 
-from plif_jax.layers import torch_default_init
+from plif_jax.layers import Linear, torch_default_init
 from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
 
 
@@ -24,7 +23,7 @@ def linear(features):
 
     def build(net, shape, rngs):
         (n_in,) = shape
-        layer = nnx.Linear(
+        layer = Linear(
             n_in,
             features,
             kernel_init=torch_default_init,
