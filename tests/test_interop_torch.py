@@ -76,6 +76,7 @@ def test_a_linear_layer_sees_features_channel_first():
     [
         (lambda a: a.pop("conv.1.bias"), "missing: conv.1.bias"),
         (lambda a: a.update({"conv.2.alpha": np.ones(())}), "unknown: conv.2.alpha"),
+        (lambda a: a.update({str(n): np.ones(()) for n in range(12)}), "unknown: 0, 1, .* 9 and 2 more$"),
         (lambda a: a.update({"conv.0.weight": np.ones((3, 2, 5, 5))}), r"conv.0.weight has shape \(3, 2, 5, 5\).*3, 3"),
     ],
 )
@@ -290,6 +291,9 @@ def test_a_damaged_file_gives_one_line_or_its_arrays(sound_files, which, positio
         ((b"\x01" * 64, 1, (4, 4), (4, 1)), "a reaches past its numbers"),
         ((b"\x01" * 64, 0, (1 << 40, 1 << 40), (0, 0)), "a reaches past its numbers"),
         ((b"\x01" * 64, 0, (4, 4), (-4, 1)), "shape is damaged"),
+        ((b"\x01" * 64, 0, (1,) * 70, (1,) * 70), "shape is damaged"),
+        ((b"\x01" * 64, 0, (1,), (1 << 70,)), "shape is damaged"),
+        ((b"\x01" * 64, 0, (0, 1 << 62, 1 << 62), (1, 1, 1)), "a has an impossible shape"),
     ],
 )
 def test_a_tensor_reaches_only_its_own_numbers(monkeypatch, tmp_path, tensor, message):
@@ -315,8 +319,14 @@ def test_a_tensor_reaches_only_its_own_numbers(monkeypatch, tmp_path, tensor, me
 def test_a_compressed_archive_is_refused_before_it_is_inflated(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\0" * 1_000_000)
-    with pytest.raises(UserError, match="compressed"):
+    with pytest.raises(UserError, match="is compressed as its writers never do"):
         torch_files.read(tmp_path / "bomb.pt")
+
+
+def test_a_compressed_npz_is_read(tmp_path):
+    expected = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((1000, 100))}
+    np.savez_compressed(tmp_path / "weights.npz", **expected)
+    same(torch_files.read(tmp_path / "weights.npz").arrays, expected)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -15,9 +16,14 @@ from plif_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
-    path for folder in ("plif_jax", "experiments", "configs", "notebooks") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("plif_jax", "experiments", "configs", "notebooks")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".ipynb")
 )
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# To be called by the names of their modules alone, under which the search knows them.
+CALLED_IN_FULL = {("torch", "load"), ("numpy", "load"), ("os", "system")}
 # Opens the official CIFAR-10 files alone, known by checksum, with an Unpickler that rebuilds arrays only.
 MAY_UNPICKLE = {"plif_jax/data/image_files.py"}
 # The config of `-config FILE` is the user's own program.
@@ -27,19 +33,26 @@ MAY_EXECUTE = {"plif_jax/config.py"}
 def offences(tree, name):
     """The calls and imports in a module by which bytes could become actions."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
-            if modules & UNPICKLERS and name not in MAY_UNPICKLE:
-                yield f"imports {modules & UNPICKLERS}"
+        modules = _imported(node)
+        if modules & UNPICKLERS and name not in MAY_UNPICKLE:
+            yield f"imports {modules & UNPICKLERS}"
+        if isinstance(node, ast.Import) and any(alias.name == "torch" and alias.asname for alias in node.names):
+            yield f"calls torch otherwise: {ast.unparse(node)}"
+        if isinstance(node, ast.ImportFrom) and any(
+            (node.module, alias.name) in CALLED_IN_FULL for alias in node.names
+        ):
+            yield f"imports what unpickles or executes: {ast.unparse(node)}"
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if given.get("allow_pickle", "False") != "False":
+        if given.get("allow_pickle", "False") != "False" or (
+            called in ("np.load", "numpy.load") and len(node.args) > 2
+        ):
             yield f"allows NumPy to unpickle: {ast.unparse(node)}"
         if called == "torch.load" and given.get("weights_only") != "True":
             yield f"unpickles: {ast.unparse(node)}"
-        if called in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
+        if called in ("pickle.load", "pickle.loads", "pickle.Unpickler") or called.endswith("read_pickle"):
             yield f"unpickles: {ast.unparse(node)}"
         if called in ("eval", "exec", "os.system") or (called.endswith("exec_module") and name not in MAY_EXECUTE):
             yield f"executes: {ast.unparse(node)}"
@@ -51,17 +64,56 @@ def offences(tree, name):
             yield f"unpacks what may leave its folder: {ast.unparse(node)}"
 
 
+def _imported(node):
+    """The top-level modules that a statement or call imports."""
+    modules = []
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = [node.module or ""]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")) and node.args:
+        modules = [ast.unparse(node.args[0]).strip("'")]
+    return {module.partition(".")[0] for module in modules}
+
+
+def source(path):
+    """The program of a module or notebook."""
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_unpickles_or_executes(path):
     name = path.relative_to(ROOT).as_posix()
-    assert not list(offences(ast.parse(path.read_text()), name))
+    assert not list(offences(ast.parse(source(path)), name))
+
+
+def test_the_notebooks_are_searched(tmp_path):
+    assert sum(path.suffix == ".ipynb" for path in SOURCES) == 5
+    cells = [
+        {"cell_type": "markdown", "source": ["# Load"]},
+        {"cell_type": "code", "source": ["import os\n", "eval(x)"]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert list(offences(ast.parse(source(tmp_path / "a.ipynb")), "a.ipynb"))
 
 
 @pytest.mark.parametrize(
-    "source",
+    "line",
     [
         "np.load(path, allow_pickle=True)",
+        "np.load(path, None, True)",
         "import pickle",
+        "import dill.source",
+        "import_module('pickle')",
+        "importlib.import_module('pickle')",
+        "__import__('pickle')",
+        "from torch import load",
+        "from os import system",
+        "import torch as t",
+        "pandas.read_pickle(path)",
         "from pickle import loads",
         "pickle.load(file)",
         "torch.load(path)",
@@ -72,8 +124,8 @@ def test_no_source_unpickles_or_executes(path):
         "spec.loader.exec_module(module)",
     ],
 )
-def test_the_search_finds_what_it_looks_for(source):
-    assert list(offences(ast.parse(source), "plif_jax/data/other.py"))
+def test_the_search_finds_what_it_looks_for(line):
+    assert list(offences(ast.parse(line), "plif_jax/data/other.py"))
 
 
 class Malicious:
