@@ -32,7 +32,7 @@ def joined(monkeypatch, environment=None, platforms="cpu", error=None, **flags):
             raise error
 
     runtime = SimpleNamespace(initialize=initialize, is_initialized=lambda: False)
-    jax_here = SimpleNamespace(distributed=runtime, config=SimpleNamespace(jax_platforms=platforms))
+    jax_here = SimpleNamespace(distributed=runtime, config=SimpleNamespace(jax_platforms=platforms), devices=list)
     monkeypatch.setattr(distributed, "jax", jax_here)
     monkeypatch.setattr(distributed.os, "environ", environment or {})
     distributed.join(Config(dataset_name="Digits", **flags), said.append)

@@ -23,6 +23,7 @@ def join(config, say=print):
         return
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=120)
+        jax.devices()  # where all meet for the first time: one may have refused its flags and be gone
     except RuntimeError as error:
         if not settings and not _several_slurm_tasks() and "before any JAX calls" in str(error):
             return  # a notebook on a TPU: where there are other hosts, its first computation has met them
