@@ -35,7 +35,7 @@ def test_a_bad_recording_is_named(here):
     write_nmnist(here / "data")
     bad = here / "data" / "Train" / "0" / "2.bin"
     bad.write_bytes(bytes([34, 0, 0, 0, 1]))
-    with pytest.raises(UserError, match=f"^{bad}: an event at x = 34 lies outside"):
+    with pytest.raises(UserError, match=f"^{bad}: event 0 at x = 34 lies outside"):
         checks.check("NMNIST", here / "data", here / "cache")
 
 

@@ -219,7 +219,7 @@ print("sum", int(dataset.train.x.sum(dtype=int)))
 """  # as users write scripts: nothing guards __main__
 
 
-def run_script(data, alone=0, **options):
+def run_script(data, alone=1, **options):
     command = [sys.executable, "-c", SCRIPT, str(data), str(data.parent / "cache"), str(alone)]
     env = os.environ | {"PYTHONPATH": REPOSITORY, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)

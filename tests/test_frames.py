@@ -70,10 +70,12 @@ def test_empty_time_bins_leave_empty_frames_and_lose_nothing():
     assert got[0, 0, 0].tolist() == [1, 2], "polarity 0 in channel 0, all others in channel 1"
 
 
-def test_a_structured_array_of_narrow_unsigned_types():
+@pytest.mark.parametrize(
+    "x, p, t", [("u1", "?", "u4"), ("<i2", "i1", "<i8"), (">i2", "u1", ">i4")], ids=["unsigned", "signed", "big-endian"]
+)
+def test_a_packed_structured_array_of_any_integers(x, p, t):
     plain = cases.events(3, 500, 100, 200, 9000)
-    dtype = np.dtype([("x", "u1"), ("y", "u1"), ("p", "?"), ("t", "u4")])
-    packed = np.empty(500, dtype)
+    packed = np.empty(500, [("x", x), ("y", x), ("p", p), ("t", t)])
     for name in "txyp":
         packed[name] = plain[name]
     for split_by in frames.SPLIT_BY:
@@ -85,9 +87,9 @@ def test_a_structured_array_of_narrow_unsigned_types():
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"x": [0, 40]}, "x = 40 lies outside the sensor: x is 0 to 31"),
-        ({"y": [24, 0]}, "y = 24 lies outside"),
-        ({"y": [0, -1]}, "y = -1 lies outside"),
+        ({"x": [0, 40]}, "event 1 at x = 40 lies outside the sensor: x is 0 to 31"),
+        ({"y": [24, 0]}, "event 0 at y = 24 lies outside the sensor: y is 0 to 23"),
+        ({"y": [0, -1]}, "event 1 at y = -1 lies outside"),
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
         ({"t": [], "x": [], "y": [], "p": []}, "no events"),
     ],
