@@ -221,7 +221,10 @@ class LogTailedReLU(Surrogate):
 
 
 class S2NN(Surrogate):
-    """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022)."""
+    """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022).
+
+    SpikingJelly states g with 1 in place of 1/2, which jumps at 0; g' is the same.
+    """
 
     def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -262,3 +265,22 @@ class PiecewiseLeakyReLU(Surrogate):
 
     def derivative(self, x):
         return jnp.where(jnp.abs(x) < self.alpha, 1 / (2 * self.alpha), self.c)
+
+
+class SquarewaveFourierSeries(Surrogate):
+    """g = 1/2 + 2/pi sum_k sin(k w x) / k, w = 2 pi / alpha, over k = 1, 3, .. 2n - 3: a square wave's first harmonics.
+
+    g' = 4/alpha sum_k cos(k w x); SpikingJelly calls alpha, the period, T_period.
+    """
+
+    def __init__(self, n: int = 2, alpha: float = 8.0, learnable: bool = False, param_dtype=float):
+        super().__init__(alpha, learnable, param_dtype)
+        self.harmonics = range(1, 2 * n - 2, 2)
+
+    def primitive(self, x):
+        w = 2 * math.pi / self.alpha
+        return 0.5 + 2 / math.pi * sum(jnp.sin(k * w * x) / k for k in self.harmonics)
+
+    def derivative(self, x):
+        w = 2 * math.pi / self.alpha
+        return 4 / self.alpha * sum(jnp.cos(k * w * x) for k in self.harmonics)

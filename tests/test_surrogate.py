@@ -24,6 +24,7 @@ DERIVATIVES = {
     surrogate.S2NN: (0.216152459026, 1.0, 0.769230769231, 0.4),
     surrogate.LeakyKReLU: (0.0, 1.0, 1.0, 1.0),
     surrogate.PiecewiseLeakyReLU: (0.5, 0.5, 0.5, 0.01),
+    surrogate.SquarewaveFourierSeries: (0.426320082177, 0.5, 0.486184960199, 0.191341716183),
 }
 # Their derivative for x keeps to the defaults above; these settings move every kink and every slope.
 SETTINGS = [
@@ -41,6 +42,7 @@ SETTINGS = [
     (surrogate.S2NN, {"alpha": 3.0, "beta": 0.6}),
     (surrogate.LeakyKReLU, {"alpha": 1.4, "leak": 0.3}),
     (surrogate.PiecewiseLeakyReLU, {"alpha": 0.6, "c": 0.2}),
+    (surrogate.SquarewaveFourierSeries, {"n": 4, "alpha": 5.0}),
 ]
 X = np.linspace(-2.03, 2.11, 53)  # no point on a kink, points on both sides of every one
 
