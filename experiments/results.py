@@ -66,10 +66,7 @@ def run(name, more, logs, deadline):
     val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
     settings = config.parse(flags, **val_ratio)
     data.load(settings)  # a data set that is not there should cost no device time
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(Path(logs, "compiled").absolute()),
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     program = subprocess.Popen([sys.executable, ROOT / "experiments" / script, *flags], cwd=ROOT, env=environment)
     try:
         code = program.wait(timeout=max(deadline - time.monotonic(), 1))

@@ -51,7 +51,7 @@ class Config:
     val_ratio: float | None = _field("share of each class kept for validation (accuracy-B)", None, above=0, below=1)
 
     data_root: str | None = _field("folder with data sets you already have", None)
-    cache_dir: str | None = _field("folder for downloads and prepared frames; ~/.cache/plif_jax if absent", None)
+    cache_dir: str | None = _field("folder for downloads, frames, compiled programs; ~/.cache/plif_jax if absent", None)
     cifar10dvs_split: str = _field("which samples of CIFAR10-DVS are the test's", "paper", choices=("paper", "tebn"))
     seed: int = _field("of initial weights, order, augmentation and dropout", 2020, least=0, below=2**32)
     train_samples: int | None = _field("train on the first n only, spread over the classes", None, least=1)

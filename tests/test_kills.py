@@ -16,6 +16,8 @@ from plif_jax.config import Config
 from plif_jax.errors import UserError
 from plif_jax.training import loop
 
+pytestmark = pytest.mark.xdist_group("kills")  # one worker: all compare with one run that nothing interrupts
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):

@@ -372,6 +372,17 @@ def test_devices_by_the_authors_names(settings):
             devices.choose(settings(device=wrong))
 
 
+@pytest.mark.parametrize("platform, chosen, kept", [("gpu", None, 1), ("gpu", "theirs", 0), ("cpu", None, 0)])
+def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, platform, chosen, kept):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        devices.keep_compiled([SimpleNamespace(platform=platform)], tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (str(tmp_path / "compiled") if kept else chosen)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_dropout_and_order_are_functions_of_seed_and_step(settings):
     config = settings()
     part = batches.partition(config, data.load(config, progress=False))["train"]

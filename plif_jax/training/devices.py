@@ -1,7 +1,10 @@
-"""The devices of a run, from the paper program's -device flag."""
+"""The devices of a run, from the paper program's -device flag, and where what is compiled for them is kept."""
+
+from pathlib import Path
 
 import jax
 
+from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError
 
 
@@ -51,3 +54,13 @@ def _named(name, say):
             f"-device {name}: there is no {kind}:{beyond[0]}; this machine has {kind}:0 to {len(devices) - 1}"
         )
     return [devices[int(part)] for part in dict.fromkeys(picked)] or devices
+
+
+def keep_compiled(devices, cache_dir=None):
+    """Has JAX keep in `cache_dir` what it compiles, for the next start, unless the user has told it where already.
+
+    Not on a CPU: another machine that shares the folder may have one that lacks some of the instructions.
+    """
+    if devices[0].platform != "cpu" and not jax.config.jax_compilation_cache_dir:
+        folder = Path(cache_dir or default_cache_dir()).expanduser() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -38,6 +38,7 @@ def train(config, say=print) -> dict:
     main = jax.process_index() == 0
     say = say if main else lambda line: None
     chosen = devices.choose(config, say)
+    devices.keep_compiled(chosen, config.cache_dir)
     dataset = data.load(config, progress=main)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
