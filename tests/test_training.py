@@ -23,6 +23,8 @@ from plif_jax.errors import UserError
 from plif_jax.training import checkpoint, devices, evaluation, loop, signals, state, step
 from plif_jax.training.logs import read_metrics
 
+pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
