@@ -86,8 +86,8 @@ def _integers(column):
 
 def _count(t_N, x_N, y_N, p_N, edges, height, width):
     """Count the events between each two edges [T, height, width, 2], and check them on the way."""
-    counts_THWC = np.zeros((len(edges) - 1, height, width, 2), np.int32)
-    i = _add_events(t_N, x_N, y_N, p_N, edges, counts_THWC)
+    counts_THWC = np.empty((len(edges) - 1, height, width, 2), np.int32)
+    i = _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC)
     if i < 0:
         return counts_THWC
     if i and t_N[i] < t_N[i - 1]:
@@ -97,14 +97,17 @@ def _count(t_N, x_N, y_N, p_N, edges, height, width):
 
 
 @numba.njit
-def _add_events(t_N, x_N, y_N, p_N, edges, counts_THWC):
-    """Add every event to its pixel; return the first that is out of order or outside the sensor, -1 if none is."""
+def _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC):
+    """Fill in the counts; return the first event that is out of order or outside the sensor, -1 if none is."""
     T, height, width, _ = counts_THWC.shape
     for j in range(T):
+        counts_THWC[j] = 0  # one by one: a frame stays in the cache until it is counted
+        before = t_N[max(edges[j] - 1, 0)]
         for i in range(edges[j], edges[j + 1]):
-            x, y = x_N[i], y_N[i]
-            if (i and t_N[i] < t_N[i - 1]) or not (0 <= x < width and 0 <= y < height):
+            t, x, y = t_N[i], x_N[i], y_N[i]
+            if t < before or not (0 <= x < width and 0 <= y < height):
                 return i
+            before = t
             counts_THWC[j, y, x, 1 if p_N[i] else 0] += 1
     return -1
 
