@@ -25,6 +25,8 @@ def main(argv):
     given = parser.parse_args(argv)
     if given.out.suffix not in (".nir", ".jax"):
         raise UserError(f"{given.out} ends in neither .nir nor .jax; the ending says what to write")
+    if given.batch_size is not None and given.out.suffix == ".nir":
+        raise UserError(f"-batch_size {given.batch_size}: a NIR graph has no batch; leave it out for {given.out}")
     _, net = load_network(given.run, given.checkpoint)
     write = write_nir if given.out.suffix == ".nir" else write_function
     try:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from plif_jax import cli, data, neurons, surrogate
 from plif_jax.analysis import operations, plots, recording
@@ -22,6 +21,7 @@ from plif_jax.curves import figure, summary
 from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import load_network
+from plif_jax.training.evaluation import evaluate
 from plif_jax.training.logs import read_metrics
 from plif_jax.training.step import frames_for
 
@@ -36,13 +36,13 @@ def save(fig, path):
 def draw_neurons(net, folder):
     """The neuron figure, with some time constants and with the network's own; and surrogate functions."""
     x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 2.5), np.zeros(10)])
-    layers_of = {}
+    alike = {}  # layers whose tau reads the same
     for name, layer in net.named_neurons().items():
-        layers_of.setdefault(f"{float(layer.tau):.2f}", []).append(name)
+        alike.setdefault(f"{float(layer.tau):.2f}", {})[name] = layer
     some = {f"tau = {tau:g}": neurons.LIF(tau) for tau in (1.25, 2.0, 4.0, 16.0)}
     own = {
-        textwrap.fill(f"tau = {tau}: {', '.join(names)}", 24): neurons.LIF(float(tau))
-        for tau, names in layers_of.items()
+        textwrap.fill(f"tau = {tau}: {', '.join(layers)}", 24): next(iter(layers.values()))
+        for tau, layers in alike.items()
     }
     fig, (current, above, below) = figure(3, width=9, height=8, sharex=True, height_ratios=[1, 3, 3])
     current.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
@@ -97,17 +97,6 @@ def draw_layers(net, x, folder):
     save(fig, folder / "spike_maps.png")
 
 
-def confusion(config, net, part, batch_size=32):
-    """Counts [label, prediction] over the samples of a part."""
-    graphdef, state = nnx.split(net)
-    rates = jax.jit(lambda state, x: recording.evaluate(graphdef, state, frames_for(config, x), None))
-    counts = np.zeros((config.facts.classes,) * 2, int)
-    for index in batches.evaluation_batches(part, batch_size):
-        predictions = np.asarray(rates(state, part.split.x[index]).argmax(-1))
-        np.add.at(counts, (part.split.y[index[index >= 0]], predictions[index >= 0]), 1)
-    return counts
-
-
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run")
@@ -137,7 +126,7 @@ def main(argv):
     draw_input(config, x, stored, folder)
     draw_layers(net, x, folder)
     fig, ax = figure(width=6.4, height=5.4)
-    plots.confusion_matrix(ax, confusion(config, net, part))
+    plots.confusion_matrix(ax, evaluate(config, net)["confusion"])
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
     (folder / "operations.txt").write_text(text + "\n")

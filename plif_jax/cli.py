@@ -17,7 +17,7 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 def run(main):
-    """Calls `main(argv)` and exits: 0, 2 after a `UserError` (one line, no traceback), 143 or 130 when interrupted."""
+    """Calls `main(argv)` and exits: 0, 2 after a `UserError` (one line), 1 after a defect, 143 or 130 interrupted."""
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
     try:

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import reprlib
 import types
 import typing
@@ -46,12 +47,12 @@ class Config:
     learning_rate: float = _field("Adam's, in the first epoch", 1e-3, above=0)
     T_max: int = _field("epochs from the learning rate's peak to zero", 64, least=1)
     max_epoch: int = _field("epochs to train", 1024, least=1)
-    device: str | None = _field("cpu, tpu, cuda:0 or cuda:0,1; all local devices if absent", None)
+    device: str | None = _field("cpu, tpu, cuda:0 or cuda:0,1; all devices if absent", None)
     log_dir_prefix: str = _field("folder for run folders and checkpoints", "logs")
     val_ratio: float | None = _field("share of each class kept for validation (accuracy-B)", None, above=0, below=1)
 
     data_root: str | None = _field("folder with data sets you already have", None)
-    cache_dir: str | None = _field("folder for downloads, frames, compiled programs; ~/.cache/plif_jax if absent", None)
+    cache_dir: str | None = _field("what is fetched or prepared; $PLIF_JAX_CACHE or ~/.cache/plif_jax if absent", None)
     cifar10dvs_split: str = _field("which samples of CIFAR10-DVS are the test's", "paper", choices=("paper", "tebn"))
     seed: int = _field("of initial weights, order, augmentation and dropout", 2020, least=0, below=2**32)
     train_samples: int | None = _field("train on the first n only, spread over the classes", None, least=1)
@@ -68,7 +69,7 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         facts = self.facts
         for name in ("T", "channels", "number_layer"):
             if getattr(self, name) is None:
@@ -138,24 +139,28 @@ class Config:
         return cls(**fields)
 
 
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def _types(field):
     """The plain types that a field's annotation allows."""
     return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
 
 
-def _check(field, value):
+def _checked(field, value):
+    """A field's value, a whole number given for a float as one: the run's name shows it as the flag would."""
     allowed, bounds = _types(field), field.metadata
     if type(value) is int and value.bit_length() > 63:
         raise UserError(f"-{field.name}: {field.name} must be below 2**63, not a number of {value.bit_length()} bits")
     if value is None and (field.default is None or type(None) in allowed):
         if field.name != "dataset_name":
-            return
+            return value
         raise UserError(f"-dataset_name is not given; it is one of {', '.join(DATASETS)}")
     if float in allowed and type(value) is int:
-        return _check(field, float(value))
+        return _checked(field, float(value))
     if type(value) not in allowed:
         given = reprlib.repr(value)  # short, of whatever a file nests
-        raise UserError(f"-{field.name} {given}: {field.name} is a {allowed[0].__name__}, not a {type(value).__name__}")
+        raise UserError(f"-{field.name} {given}: {field.name} is {WORDS[allowed[0]]}")
     given = f"-{field.name} {value}"
     if "choices" in bounds and value not in bounds["choices"]:
         near = difflib.get_close_matches(str(value), map(str, bounds["choices"]), 1)
@@ -168,6 +173,7 @@ def _check(field, value):
     ):
         if bound in bounds and not (math.isfinite(value) and holds(float(value), float(bounds[bound]))):
             raise UserError(f"{given}: {field.name} must be {words} {bounds[bound]}")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,8 +192,7 @@ def _convert(field, text):
     try:
         return kind(text)
     except ValueError:
-        words = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"-{field.name} {text}: {field.name} is {words}") from None
+        raise UserError(f"-{field.name} {text}: {field.name} is {WORDS[kind]}") from None
 
 
 def parse(argv: list[str], description: str = "", **defaults) -> Config:
@@ -196,7 +201,11 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
     Raises:
       UserError: an unknown flag (the nearest one is named), a value of the wrong type or out of range.
     """
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("-config", "--config", help="Python file with `config = Config(...)`, as in configs/")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name, field in fields.items():
@@ -205,12 +214,16 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _types(field)[0].__name__.upper()
         default = "" if field.default is None else f" (default {field.default})"
         parser.add_argument(f"-{name}", f"--{name}", metavar=metavar, help=field.metadata["help"] + default, **switch)
+    flags = ["config", *fields]
+    for argument in argv:  # before argparse, which takes -max for -max_epoch and -T_max 5 misspelt for -T with a value
+        flag = argument.lstrip("-").split("=")[0]
+        if re.match("--?[A-Za-z]", argument) and flag not in (*flags, "h", "help"):
+            near = difflib.get_close_matches(flag, flags, 1)
+            hint = f"did you mean -{near[0]}?" if near else "-h lists the flags"
+            raise UserError(f"unknown argument {argument}; {hint}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(flag, ["config", *fields], 1)
-        hint = f"; did you mean -{near[0]}?" if near and unknown[0].startswith("-") else "; -h lists the flags"
-        raise UserError(f"unknown argument {unknown[0]}{hint}")
+        raise UserError(f"unknown argument {unknown[0]}; -h lists the flags")
     given = vars(given)
     settings = dict(defaults)
     if "config" in given:

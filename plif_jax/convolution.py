@@ -49,9 +49,10 @@ def _direct(x, kernel):
 
 
 def _suits_winograd(x, kernel):
-    _, H, W, C = x.shape
+    N, H, W, C = x.shape
     wide = min(C, kernel.shape[-1]) >= WINOGRAD_CHANNELS and H * W >= WINOGRAD_POSITIONS
-    return wide and x.dtype in (jnp.float32, jnp.float64)
+    # An exported function's open batch is no number, and cannot be cut.
+    return wide and isinstance(N, int) and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _winograd(x, kernel):

@@ -10,11 +10,15 @@ import textwrap
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from plif_jax.errors import UserError
+
 # Okabe and Ito's palette, distinct for every kind of colour vision; its yellow is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OFF, ON = COLORS[:2]  # polarity 0, darker; polarity 1, brighter
 
 
 def figure(rows=1, columns=1, width=6.4, height=4.0, **subplots):
@@ -22,6 +26,22 @@ def figure(rows=1, columns=1, width=6.4, height=4.0, **subplots):
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, **subplots)
+
+
+def event_colors(frames_THW2) -> np.ndarray:
+    """Event frames as colours in 0..1 [T, H, W, 3]: white where nothing happened, blue darker, orange brighter."""
+    frames = np.abs(np.asarray(frames_THW2, np.float32))
+    if frames.ndim != 4 or frames.shape[-1] != 2:
+        raise UserError(f"event frames of shape {frames.shape}; they are [T, H, W, 2], those of one sample")
+    strength = np.clip(frames / full_strength(frames), 0, 1)
+    ink = 1 - np.array([to_rgb(OFF), to_rgb(ON)])
+    return np.clip(1 - strength @ ink, 0, 1)
+
+
+def full_strength(frames):
+    """The value that gets the full colour: a hot pixel must not make the others pale."""
+    some = np.abs(frames)[frames != 0]
+    return np.percentile(some, 98) if some.size else 1.0
 
 
 def shades(n):
@@ -66,13 +86,13 @@ def epoch_axis(ax):
     ax.grid(alpha=0.3)
 
 
-def accuracy_over_epochs(ax, metrics, tags=("test_accuracy", "val_accuracy")):
+def accuracy_over_epochs(ax, metrics):
     """Draws accuracies in percent over epochs, the epoch that counts marked.
 
     Args:
       metrics: {tag: [(epoch, value), ...]}, the first epoch 0: it is drawn at 1, for one epoch was trained.
     """
-    for tag, color in zip(tags, COLORS, strict=False):
+    for tag, color in zip(("test_accuracy", "val_accuracy"), COLORS, strict=False):
         if points := metrics.get(tag):
             epochs, values = np.array(points).T
             ax.plot(epochs + 1, 100 * values, label=tag.split("_")[0], **line(points, color))
@@ -80,23 +100,23 @@ def accuracy_over_epochs(ax, metrics, tags=("test_accuracy", "val_accuracy")):
         # Accuracy-B reads the test accuracy where validation was best; of equal epochs the later counts.
         kind, decisive = ("B", "val_accuracy") if metrics.get("val_accuracy") else ("A", "test_accuracy")
         epoch = max(metrics[decisive], key=lambda point: (point[1], point[0]))[0]
-        label = f"accuracy-{kind}: {100 * test[epoch]:.2f} %"
-        ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", markersize=11, label=label)
+        if epoch in test:  # a damaged record of curves may lack it
+            label = f"accuracy-{kind}: {100 * test[epoch]:.2f} %"
+            ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", markersize=11, label=label)
         ax.legend(loc="best")
     ax.set_ylabel("accuracy (%)")
     epoch_axis(ax)
     return ax
 
 
-def tau_over_epochs(ax, metrics, steps_per_epoch=None):
+def tau_over_epochs(ax, metrics):
     """Draws the membrane time constant of every spiking layer over epochs; logarithmic where they spread far.
 
     Args:
-      metrics: {"w0": [(step, w), ...], ...}
-      steps_per_epoch: inferred from the steps if None.
+      metrics: {"w0": [(step, w), ...], ...}; the steps of an epoch are inferred.
     """
     tags = w_tags(metrics)
-    steps_per_epoch = steps_per_epoch or infer_steps_per_epoch(metrics)
+    steps_per_epoch = infer_steps_per_epoch(metrics)
     taus = []
     for tag, color in zip(tags, shades(len(tags)), strict=True):
         steps, w = np.array(metrics[tag]).T

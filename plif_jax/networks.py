@@ -219,6 +219,8 @@ class SpikingNet(nnx.Module):
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
         """
         x, still = self._as_frames(x)
+        if state is not None and len(state) != len(self.named_neurons()):
+            raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
         key = None if rngs is None else dropout_key(rngs)
         before = None if state is None else iter(state)
         after = []

@@ -42,6 +42,11 @@ def test_accuracy_b_is_read_where_validation_is_best(ax):
     assert drawn(ax) == ["test", "val", "accuracy-B: 50.00 %"]
 
 
+def test_the_rest_is_drawn_where_the_decisive_point_was_lost(ax):
+    curves.accuracy_over_epochs(ax, {"test_accuracy": [(1, 0.5)], "val_accuracy": [(0, 0.9), (1, 0.8)]})
+    assert drawn(ax) == ["test", "val"]
+
+
 def test_tau_is_drawn_for_each_layer_in_order(ax):
     assert curves.tau_over_epochs(ax, METRICS) is ax
     assert drawn(ax) == ["layer 1: 8.39", "layer 3: 1.37", "layer 11: 149.41"]
@@ -113,12 +118,12 @@ def test_many_wide_maps_stay_apart_on_a_page(ax):
 def test_event_colors_tell_polarities_apart():
     frames = np.zeros((1, 2, 2, 2))
     frames[0, 0, 0, 0] = frames[0, 1, 1, 1] = 3
-    colors = plots.event_colors(frames)[0]
+    colors = curves.event_colors(frames)[0]
     assert colors[0, 1].tolist() == [1, 1, 1]
     assert colors[0, 0].argmax() == 2 and colors[1, 1].argmax() == 0
-    assert (plots.event_colors(np.zeros((1, 2, 2, 2))) == 1).all()
+    assert (curves.event_colors(np.zeros((1, 2, 2, 2))) == 1).all()
     with pytest.raises(UserError, match=r"event frames of shape \(2, 2\)"):
-        plots.event_colors(np.zeros((2, 2)))
+        curves.event_colors(np.zeros((2, 2)))
 
 
 def test_event_frames_and_animation_show_every_frame(ax, tmp_path):

@@ -47,25 +47,20 @@ def test_nothing_is_fetched_for_a_look(here, name):
         checks.check("ASLDVS", None, here / "cache")
 
 
+def test_digits_need_no_files_wherever_data_lies(here):
+    assert checks.check("Digits", here, here / "cache").startswith("Digits: 1442 of 1442 for training, 355 of 355")
+
+
 def test_a_picture_that_cannot_be_written_is_said(here):
     write_nmnist(here / "data")
     (here / "here" / "NMNIST.png").mkdir()
-    with pytest.raises(UserError, match=r"NMNIST\.png cannot be written: Is a directory"):
+    with pytest.raises(UserError, match=r"NMNIST\.png cannot be written: Is a directory\. Run it in a folder"):
         checks.check("NMNIST", here / "data", here / "cache")
 
 
 def test_whole_is_every_sample_of_both_halves():
     assert checks._summary("Digits", 1442, 355, (1442, 355))[0].endswith("whole")
     assert checks._summary("Digits", 1442, 354, (1442, 355))[0].endswith("in part")
-
-
-def test_orange_is_on_and_blue_is_off_where_the_events_are():
-    counts = np.zeros((4, 6, 2), int)
-    counts[0, 1, 1] = counts[3, 5, 0] = 2  # ON at the upper left, OFF at the lower right
-    picture = checks.two_colours(counts)
-    np.testing.assert_allclose(picture[0, 1], checks.ON)
-    np.testing.assert_allclose(picture[3, 5], checks.OFF)
-    assert (picture.reshape(-1, 3) == 1).all(1).sum() == 4 * 6 - 2
 
 
 def drawn(monkeypatch):

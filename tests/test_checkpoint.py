@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from plif_jax.config import Config
+from plif_jax.errors import UserError
 from plif_jax.training import checkpoint, logs
 
 CONFIG = Config(dataset_name="Digits")
@@ -101,6 +102,11 @@ def test_a_network_is_loaded_past_damage_and_that_is_said(tmp_path, monkeypatch,
     with pytest.raises(pytest.fail.Exception, match=r"^5$"):
         checkpoint.load_network(config.run_dir, "latest")
     assert "checkpoint of step 10 is damaged" in capsys.readouterr().out
+    monkeypatch.chdir(config.run_dir)
+    with pytest.raises(pytest.fail.Exception, match=r"^5$"):
+        checkpoint.load_network(".", "latest")
+    with pytest.raises(UserError, match="no 'newest' checkpoint; give best or latest"):
+        checkpoint.load_network(".", "newest")
 
 
 def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):

@@ -41,6 +41,11 @@ def test_absent_switches_are_off_as_in_the_authors_program():
     assert config.run_name == "MNIST_init_tau_16.0_use_plif_False_use_max_pool_False_T_8_detach_reset_False"
 
 
+def test_a_whole_number_names_the_run_as_its_flag_does():
+    assert Config(dataset_name="MNIST", init_tau=2) == Config(dataset_name="MNIST", init_tau=2.0)
+    assert "_init_tau_2.0_" in Config(dataset_name="MNIST", init_tau=2).run_name
+
+
 @pytest.mark.parametrize("spelling", (["-T", "5"], ["--T", "5"], ["-T=5"], ["--T=5"]))
 def test_one_dash_or_two(spelling):
     assert parse(["-dataset_name", "MNIST", *spelling]).T == 5
@@ -69,12 +74,14 @@ def test_settings_survive_json():
         (b'{"dataset_name": "MNIST", "learning_rate": 1' + b"0" * 400 + b"}", "learning_rate must be below 2**63"),
         ('{"seed": 1' + "0" * 5000 + "}", "4300 digits"),
         ("[" * 100_000, "recursion"),
-        ('{"dataset_name": "MNIST", "T": ' + "[" * 200 + "]" * 200 + "}", "T is a int, not a list"),
-        ('{"dataset_name": "MNIST", "init_tau": null}', "init_tau is a float, not a NoneType"),
+        ('{"dataset_name": "MNIST", "T": ' + "[" * 200 + "]" * 200 + "}", "]]]: T is a whole number"),
+        ('{"dataset_name": "MNIST", "init_tau": null}', "-init_tau None: init_tau is a number"),
+        ('{"dataset_name": "MNIST", "use_plif": 1}', "-use_plif 1: use_plif is true or false"),
+        ('{"dataset_name": "MNIST", "device": 0}', "-device 0: device is a text"),
         ('{"a\\nb": 1}', r"no field 'a\nb'"),
         ("[1]", "not a run's settings but a list"),
     ],
-    ids=["utf-8", "401 digits", "5001 digits", "deep", "nested", "null", "unknown", "list"],
+    ids=["utf-8", "401 digits", "5001 digits", "deep", "nested", "null", "switch", "text", "unknown", "list"],
 )
 def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
     with pytest.raises(UserError) as error:
@@ -87,6 +94,10 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
     [
         ("-inti_tau 3", "unknown argument -inti_tau; did you mean -init_tau?"),
         ("-use_pilf", "did you mean -use_plif?"),
+        ("-dataset_name NMNIST -init 16", "unknown argument -init; did you mean -init_tau?"),
+        ("-dataset_name NMNIST --max=5", "unknown argument --max=5; "),
+        ("-dataset_name NMNIST -T_mx 5", "unknown argument -T_mx; did you mean -T_max?"),
+        ("-dataset_name NMNIST -learning_rate -1", "-learning_rate -1.0: learning_rate must be above 0"),
         ("-dataset_name NMIST", "did you mean NMNIST?"),
         ("-dataset_name NMNIST -init_tau 1", "-init_tau 1.0: init_tau must be above 1"),
         ("-dataset_name NMNIST -init_tau nan", "above 1"),
@@ -103,7 +114,7 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST -seed -1", "at least 0"),
         (f"-dataset_name NMNIST -seed {'9' * 400}", "seed must be below 2**63, not a number of 1329 bits"),
         (f"-dataset_name NMNIST -T {'9' * 5000}", "T is a whole number"),
-        ("-dataset_name NMNIST -init_tau None", "init_tau is a float, not a NoneType"),
+        ("-dataset_name NMNIST -init_tau None", "-init_tau None: init_tau is a number"),
         ("-dataset_name NMNIST -T", "expected one argument"),
         ("", "-dataset_name is not given; it is one of MNIST"),
         ("-config nowhere.py", "nowhere.py: no such file"),

@@ -1,5 +1,6 @@
 """Fetching: the right file is kept, an empty or wrong answer is named, and so is what to do."""
 
+import errno
 import hashlib
 import http.server
 import threading
@@ -57,6 +58,15 @@ def test_a_wrong_answer_is_named_and_not_kept(tmp_path, monkeypatch, server, pat
         downloads.fetch("NMNIST", tmp_path)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     assert not list((tmp_path / "downloads" / "NMNIST").iterdir())
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_answer(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(downloads, "download_url", full)
+    with pytest.raises(UserError, match=r"NMNIST cannot be written: No space left on device\. Free space there"):
+        downloads.fetch("NMNIST", tmp_path)
 
 
 def test_what_cannot_be_fetched_says_which_file_to_put_where(tmp_path):

@@ -232,6 +232,16 @@ def truncate(archive):
     archive.write_bytes(archive.read_bytes()[:-300])
 
 
+def test_a_damaged_lzma_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Train.zip", "w", zipfile.ZIP_LZMA) as packed:
+        packed.writestr("Train/0/1.bin", bytes(range(250)) * 40)
+    content = bytearray((tmp_path / "Train.zip").read_bytes())
+    content[60:90] = b"\xff" * 30
+    (tmp_path / "Train.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"Train\.zip: the archive is truncated or damaged"):
+        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["Train.zip", "DvsGesture.tar.gz"])
 def test_a_truncated_archive_is_named_and_leaves_nothing(tmp_path, name):
     write_nmnist(tmp_path / "made")

@@ -99,6 +99,13 @@ def test_the_file_runs_without_plif_jax(tmp_path):
     assert_rates_are_those_of(net, x, np.load(paths[2]))
 
 
+def test_a_network_wide_enough_for_winograd_takes_any_batch():
+    net = networks.NMNISTNet(T=2, channels=32, number_layer=1, rngs=nnx.Rngs(0))
+    net.eval()
+    x = np.random.default_rng(0).poisson(1.0, (2, 3, 34, 34, 2)).astype(np.float32)
+    np.testing.assert_allclose(export.to_exported(net).call(x), net(x), atol=1e-6)
+
+
 def test_folding_keeps_the_currents():
     net = trained(True)
     x = some_input(True, 4)[None]
@@ -139,6 +146,8 @@ def test_the_script_writes_what_the_ending_says(tmp_path, script, capsys):
     assert "a function of float32[5,2,6,6,1]" in capsys.readouterr().out
     x = some_input(False, 2)
     assert_rates_are_those_of(trained(False), x, jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x))
+    with pytest.raises(UserError, match=r"-batch_size 2: a NIR graph has no batch"):
+        script.main(["RUN", "net.nir", "-batch_size", "2"])
     with pytest.raises(UserError, match=r"neither .nir nor .jax"):
         script.main(["RUN", "net.onnx"])
     with pytest.raises(UserError, match=r"nowhere/net\.jax cannot be written: No such file or directory$"):

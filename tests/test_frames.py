@@ -92,6 +92,7 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"y": [0, -1]}, "event 1 at y = -1 lies outside"),
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
         ({"t": [], "x": [], "y": [], "p": []}, "no events"),
+        ({"x": [0]}, "columns t, x, y, p differ: 2, 1, 2 and 2 values"),
     ],
 )
 def test_bad_events_are_named(change, says):

@@ -332,6 +332,9 @@ def test_what_these_networks_cannot_express_is_refused():
     )
     with pytest.raises(UserError, match="scales its input by 2"):
         nir_interop.from_nir(scaled, T=1)
+    nothing = chain(("input", nir.Input(np.array([4]))), ("output", nir.Output(np.array([4]))), metadata={"dt": 1e-4})
+    with pytest.raises(UserError, match="no neurons"):
+        nir_interop.from_nir(nothing, T=1)
 
 
 def run_in_torch(module, graph, x):

@@ -412,6 +412,8 @@ def test_neurons_that_ours_are_not_are_refused(monkeypatch, tmp_path, neuron, me
 
 
 def test_weights_of_no_known_network_are_refused():
+    with pytest.raises(UserError, match="dataset_name is 'NMIST'; networks are there for MNIST"):
+        rebuild(torch_files.Checkpoint(arrays_of(small())), use_max_pool=True, dataset_name="NMIST")
     for names in ({"conv.0.weight": np.zeros((3, 3))}, {"conv_fc.0.weight": np.zeros((3, 2, 3, 3))}):
         with pytest.raises(UserError, match="are of none of"):
             rebuild(torch_files.Checkpoint(names))

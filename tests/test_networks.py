@@ -252,6 +252,7 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
             lambda: small()(jnp.zeros((2, 34, 34, 2))),
             r"\(2, 34, 34, 2\); .* takes frames \[T, B, 34, 34, 2\]",
         ),
+        (lambda: small().unroll((), jnp.zeros((4, 2, 34, 34, 2))), "a state of 0 membranes; this network has 4"),
         (lambda: small()(jnp.zeros((4, 2, 34, 34, 2))), "dropout in training mode needs a key"),
     ],
 )

@@ -21,7 +21,7 @@ class Peer:
 
     Args:
       python: its interpreter.
-      framework: the module of this package that builds the work: "jax_work", "torch_work" or "numpy_work".
+      framework: the module of this package that builds the work: "jax_work" or "torch_work".
       spec: what to build, {"kind": ..., ...}; JSON.
       environment: variables added to this process's own.
     """

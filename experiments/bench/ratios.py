@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """What issue and docs promise of a ratio: at least, or at most, `value`."""
+    """What the docs promise of a ratio: at least, or at most, `value`."""
 
     value: float
     at_most: bool = False

@@ -6,20 +6,15 @@ The curves of a run are in `plif_jax.curves`; make figures with `plif_jax.curves
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from plif_jax.analysis.recording import LayerRecord
-from plif_jax.curves import COLORS, shades
-from plif_jax.errors import UserError
+from plif_jax.analysis.recording import LayerRecord, charge_fire_reset
+from plif_jax.curves import COLORS, event_colors, full_strength, shades
 from plif_jax.neurons import Neuron
 from plif_jax.surrogate import Surrogate
-
-OFF, ON = COLORS[0], COLORS[1]  # polarity 0, darker; polarity 1, brighter
 
 
 def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
@@ -36,7 +31,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     threshold = max(neuron.v_threshold for neuron in neurons.values())
     ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
     ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
-    answers = {label: _charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
+    answers = {label: charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
     top = max(threshold, *(float(h.max()) for h, _, _ in answers.values()))
     for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
         membrane = np.stack([h, v], 1).ravel()
@@ -51,17 +46,6 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     ax.set(xlim=(0.5, len(x) + 0.5), xlabel="time (timesteps)", ylabel="membrane h, reset to v; ticks: spikes")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     return ax
-
-
-def _charge_fire_reset(neuron, x):
-    """h, v and s [T] of a neuron at rest that gets currents x [T]."""
-
-    def step(v, x):
-        h = neuron.charge(v, x)
-        v, s = neuron.step(v, x)
-        return v, (h, v, s)
-
-    return jax.lax.scan(step, neuron.rest(x), x)[1]
 
 
 def surrogate_functions(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
@@ -148,22 +132,6 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     return ax
 
 
-def event_colors(frames_THW2) -> np.ndarray:
-    """Event frames as colours in 0..1 [T, H, W, 3]: white where nothing happened, blue darker, orange brighter."""
-    frames = np.abs(np.asarray(frames_THW2, np.float32))
-    if frames.ndim != 4 or frames.shape[-1] != 2:
-        raise UserError(f"event frames of shape {frames.shape}; they are [T, H, W, 2], those of one sample")
-    strength = np.clip(frames / _full_strength(frames), 0, 1)
-    ink = 1 - np.array([to_rgb(OFF), to_rgb(ON)])
-    return np.clip(1 - strength @ ink, 0, 1)
-
-
-def _full_strength(frames):
-    """The value that gets the full colour: a hot pixel must not make the others pale."""
-    some = np.abs(frames)[frames != 0]
-    return np.percentile(some, 98) if some.size else 1.0
-
-
 def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
     colors = event_colors(frames_THW2)
@@ -176,7 +144,7 @@ def event_frames(ax, frames_THW2, columns: int = 5):
         at = (column * (W + gap) + 0.03 * W, row * (H + gap) + 0.03 * H)
         ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small")
     ax.set(xticks=[], yticks=[])
-    full = _full_strength(np.asarray(frames_THW2, np.float32))
+    full = full_strength(np.asarray(frames_THW2, np.float32))
     ax.set_xlabel(f"events: blue darker, orange brighter, black both; full colour from {full:.3g} in a pixel and frame")
     return ax
 

@@ -110,14 +110,19 @@ def _layer_record(neuron, currents, spikes, index):
     neuron_rate = counted.mean((0, 1))
     if index is not None:
         currents, spikes = (a.reshape(T, B, -1)[..., index] for a in (currents, spikes))
+    charges, membranes, _ = charge_fire_reset(neuron, currents)
+    return LayerRecord(currents, charges, membranes, spikes, firing_rate, neuron_rate)
+
+
+def charge_fire_reset(neuron, x):
+    """h before firing, v after the reset, and spikes s, all [T, ...], of neurons at rest for currents x [T, ...]."""
 
     def step(v, x):
         h = neuron.charge(v, x.astype(v.dtype))
-        v, _ = neuron.step(v, x)
-        return v, (h, v)
+        v, s = neuron.step(v, x)
+        return v, (h, v, s)
 
-    _, (charges, membranes) = jax.lax.scan(step, neuron.rest(currents), currents)
-    return LayerRecord(currents, charges, membranes, spikes, firing_rate, neuron_rate)
+    return jax.lax.scan(step, neuron.rest(x), x)[1]
 
 
 def _joined(parts):

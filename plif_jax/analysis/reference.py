@@ -11,8 +11,8 @@ import struct
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from plif_jax.catalog import DATASETS
 from plif_jax.config import Config
@@ -156,20 +156,14 @@ def _tfrecords(data):
     at = 0
     while at < len(data):
         header = data[at : at + 12]
-        if len(header) < 12 or _masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
+        if len(header) < 12 or masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
             raise ValueError(f"no record begins at byte {at} of {len(data)}")
         end = at + 12 + struct.unpack("<Q", header[:8])[0]
         record, checksum = data[at + 12 : end], data[end : end + 4]
-        if len(checksum) < 4 or _masked_crc32c(record) != struct.unpack("<I", checksum)[0]:
+        if len(checksum) < 4 or masked_crc32c(record) != struct.unpack("<I", checksum)[0]:
             raise ValueError(f"the record at byte {at} of {len(data)} is cut off or changed")
         yield record
         at = end + 4
-
-
-def _masked_crc32c(data):
-    """The checksum as TFRecord stores it: rotated and shifted, so that a checksum of checksums stays one."""
-    crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def differences_at(ours, theirs, epochs=(1, 5, 10, 32, 64, 128, 256, 512, 1024)):

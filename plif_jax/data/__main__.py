@@ -12,7 +12,9 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("-data_root", "--data_root", help="the folder with your data sets")
-    parser.add_argument("-cache_dir", "--cache_dir", help="the folder for downloads; default: ~/.cache/plif_jax")
+    parser.add_argument(
+        "-cache_dir", "--cache_dir", help="the folder for downloads; default: $PLIF_JAX_CACHE or ~/.cache/plif_jax"
+    )
     arguments = parser.parse_args()
     try:
         print(check(arguments.name, arguments.data_root, arguments.cache_dir))

@@ -1,6 +1,7 @@
 """Archives of data sets: downloaded, checked, and unpacked where they can do no harm."""
 
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
@@ -11,6 +12,13 @@ from pathlib import Path
 
 from plif_jax.data import storage
 from plif_jax.errors import UserError
+
+# What reading a damaged archive raises, by way of its compression too.
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(EOFError, OSError, RuntimeError, ValueError),
+)
+LEADS_OUT = getattr(tarfile, "FilterError", ())  # the first releases of Python 3.11 have no filter
 
 
 def unpacked(archive: Path, cache_dir: Path) -> Path:
@@ -52,13 +60,15 @@ def _unpack(archive, folder, name):
                     _unpack_zip(packed, folder)
             else:
                 file.seek(0)
+                if not LEADS_OUT:
+                    raise UserError("unpacking it safely needs Python 3.11.4 or newer: unpack it yourself, beside it.")
                 with tarfile.open(fileobj=file) as packed:
                     packed.extractall(folder, filter="data")  # refuses names that lead out, links, devices
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except tarfile.FilterError as error:
+    except LEADS_OUT as error:
         raise UserError(f"{name}: {error}.") from None
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ValueError, OSError) as error:
+    except DAMAGE as error:
         raise UserError(f"{name}: the archive is truncated or damaged ({error}): fetch it again.") from None
 
 

@@ -87,7 +87,7 @@ def evaluation_batches(part: Samples, batch_size: int) -> np.ndarray:
 
 
 def digest(part: Samples) -> dict:
-    """What tells a part from another: its number of samples, and a checksum of labels and of 64 samples."""
+    """What tells a part from another: its number of samples, and a checksum of labels and of some 64 samples."""
     some = part.index[:: max(1, len(part) // 64)]
     checksum = hashlib.sha256(part.split.y[part.index].tobytes())
     for x in part.split.x[some]:

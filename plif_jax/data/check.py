@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.catalog import DATASETS
+from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, events, images, recordings, storage
 from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError
 
 SAMPLES = 10  # shown, spread over the classes
 SHOWN_FRAMES = 8  # of each event recording
-ON, OFF = np.array([0.84, 0.37, 0.0]), np.array([0.0, 0.45, 0.70])  # told apart with any colour vision (Okabe and Ito)
 NOT_FETCHED = (
     "{name} has not been fetched yet: its first use in training fetches it into {folder}; "
     "if you have it, give -data_root, the folder with your data sets."
@@ -35,14 +35,16 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
         raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
-    with storage.writing(Path(f"{name}.png").resolve()):
+    with storage.writing(Path(f"{name}.png").resolve(), "Run it in a folder of yours that has space."):
         _draw(rows, labels, title, f"{name}.png")
     return "\n".join([*lines, f"a few samples: {Path(f'{name}.png').resolve()}"])
 
 
 def _events(name, data_root, cache_dir):
     """Describe recordings, and integrate a few into rows of frames [H, T W, 3]."""
-    if name != "Digits" and data_root is None:
+    if name == "Digits":
+        data_root = None  # it needs no files, as in training
+    elif data_root is None:
         data_root = cache_dir / "downloads" / name
         if name not in downloads.ARCHIVES:
             raise UserError(downloads.BY_HAND[name])
@@ -61,7 +63,7 @@ def _events(name, data_root, cache_dir):
     for recording in chosen:
         counts_THWC = event_cache.integrate(recording, DATASETS[name].shape[:2], SHOWN_FRAMES)
         shown = np.rot90(counts_THWC, QUARTER_TURNS.get(name, 0), axes=(1, 2))
-        rows.append(np.concatenate(list(two_colours(shown)), axis=1))
+        rows.append(np.concatenate(list(event_colors(shown)), axis=1))
     turned = ", shown a quarter turn clockwise" if name in QUARTER_TURNS else ""
     return (
         lines,
@@ -105,25 +107,15 @@ def _spread(ours):
     return [by_label[labels[i]] for i in np.unique(np.linspace(0, len(labels) - 1, SAMPLES).astype(int))]
 
 
-def two_colours(counts_HWC: np.ndarray) -> np.ndarray:
-    """Colour event counts [..., H, W, 2] on white, darker for more: ON orange, OFF blue, both black; in 0..1."""
-    seen = counts_HWC[counts_HWC > 0]
-    full = np.percentile(seen, 95) if seen.size else 1
-    off, on = np.moveaxis(np.minimum(counts_HWC / full, 1), -1, 0)[..., None]
-    return np.clip(1 - on * (1 - ON) - off * (1 - OFF), 0, 1)
-
-
 def _draw(rows, labels, title, path):
     """Draw labelled rows of pictures under each other."""
-    from matplotlib.figure import Figure  # only here: a second
-
     height, width = rows[0].shape[:2]
-    figure = Figure(figsize=(10, 10 * len(rows) * height / width + 0.6), layout="constrained")
-    for row, label, axes in zip(rows, labels, figure.subplots(len(rows), 1, squeeze=False)[:, 0], strict=True):
+    fig, columns = figure(len(rows), width=10, height=10 * len(rows) * height / width + 0.6, squeeze=False)
+    for row, label, axes in zip(rows, labels, columns[:, 0], strict=True):
         axes.imshow(row, interpolation="nearest", aspect="equal")
         axes.set_xticks(np.arange(0, width + 1, width // SHOWN_FRAMES) - 0.5, [])
         axes.set_yticks([])
         axes.grid(axis="x", color="0.8")
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=max(100, 12 * rows[0].shape[1] // 100))
+    fig.suptitle(title)
+    fig.savefig(path, dpi=max(100, 12 * rows[0].shape[1] // 100))

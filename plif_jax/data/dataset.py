@@ -1,6 +1,8 @@
-"""What every loader returns: two splits as arrays, and where they come from."""
+"""What every loader returns, two splits as arrays and where they come from; and where loaders look."""
 
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,3 +37,14 @@ class Dataset:
 def default_cache_dir() -> Path:
     """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
     return Path(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax").expanduser()
+
+
+def folders(root: Path, telling: set[str], depth: int = 3) -> Iterator[Path]:
+    """The folders under root that may hold a set: those whose names are `telling`, deepest first, then root itself.
+
+    Names are compared without case and punctuation; what lies unpacked comes before a "download" of the same.
+    """
+    for child in sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ():
+        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
+            yield from folders(child, telling, depth - 1)
+    yield root

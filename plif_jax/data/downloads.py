@@ -1,5 +1,6 @@
 """Fetching the archives of the event data sets, and saying what to do where that cannot work."""
 
+import errno
 import http.client
 import os
 import urllib.error
@@ -23,6 +24,9 @@ class Archive(NamedTuple):
 # The links that tonic has, figshare.com/ndownloader, answer programs with an empty file; this host does not.
 FIGSHARE = "https://ndownloader.figshare.com/files/"
 MENDELEY = "https://data.mendeley.com/public-files/datasets/468j46mzdv/files/"
+
+# What of the system's refusals is about the folder and not the network.
+OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 ARCHIVES = {
     "NMNIST": [
@@ -97,14 +101,16 @@ def _fetch(archive, folder):
     partial = folder / (archive.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        with storage.writing(folder):
-            download_url(archive.url, str(folder), partial.name)
+        download_url(archive.url, str(folder), partial.name)
         if partial.stat().st_size == 0:
             raise UserError("the answer was an empty file")
         if not check_md5(str(partial), archive.md5):
             raise UserError(f"the answer, {partial.stat().st_size} bytes, has not the md5 {archive.md5}")
         os.replace(partial, folder / archive.name)
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError, UserError) as error:
+        if getattr(error, "errno", None) in OF_THE_FOLDER:
+            with storage.writing(folder):
+                raise
         raise UserError(
             f"{archive.name} could not be fetched from {archive.url}: {error}. "
             f"Fetch it with a browser and put it into {folder}, or give -data_root, the folder with your data sets."

@@ -47,7 +47,8 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         with p = 0, channel 1 all others.
 
     Raises:
-        UserError: no events, times that decrease, coordinates outside the sensor, T < 1, or an unknown name.
+        UserError: no events, columns that differ in length, times that decrease, coordinates outside the sensor, T < 1,
+            or an unknown name.
 
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
@@ -55,6 +56,8 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     t_N, x_N, y_N, p_N = (_integers(events[name]) for name in "txyp")
     if len(t_N) == 0:
         raise UserError("there are no events: frames need at least one.")
+    if len({len(t_N), len(x_N), len(y_N), len(p_N)}) > 1:
+        raise UserError(f"columns t, x, y, p differ: {len(t_N)}, {len(x_N)}, {len(y_N)} and {len(p_N)} values.")
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
     counts = _count(t_N, x_N, y_N, p_N, edges, height, width)
     if normalization is None:

@@ -1,11 +1,9 @@
 """MNIST, Fashion-MNIST and CIFAR-10 as arrays: from the user's own files where there are any, else from tfds."""
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from plif_jax.data import image_files
-from plif_jax.data.dataset import Dataset, Split, default_cache_dir
+from plif_jax.data.dataset import Dataset, Split, default_cache_dir, folders
 from plif_jax.errors import UserError
 
 
@@ -59,17 +57,9 @@ def _find(name: str, root: Path) -> tuple[Path | None, dict[str, Path]]:
     """The first folder under root with official files of the set, and those files by name."""
     if not root.is_dir():
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
-    for folder in _folders(name, root, depth=3):
+    telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
+    for folder in folders(root, telling):
         files = {file: folder / file for file in image_files.official_names(name) if (folder / file).is_file()}
         if files:
             return folder, files
     return None, {}
-
-
-def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
-    """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
-    telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
-    for child in sorted(root.iterdir()) if depth else ():
-        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
-            yield from _folders(name, child, depth - 1)
-    yield root

@@ -1,7 +1,6 @@
 """Which recordings of a data set there are, and where: every layout its users have."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 
 from plif_jax.catalog import DATASETS
 from plif_jax.data import archives, storage
+from plif_jax.data.dataset import folders
 from plif_jax.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -61,7 +61,7 @@ def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: s
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out.")
-    for folder in _folders(name, root, depth=3):
+    for folder in folders(root, FOLDERS.get(name, set()) | INNER):
         with storage.reading(folder):
             splits = FINDERS[name](folder, Path(cache_dir))
         if splits is not None:
@@ -85,16 +85,6 @@ def split_cifar10dvs(recordings, split):
     for recording in recordings:
         (test if _number(Path(recording.path)) in tests[split] else train).append(recording)
     return train, test
-
-
-def _folders(name: str, root: Path, depth: int) -> Iterator[Path]:
-    """The folders that may hold the set: those whose names say so, deepest first, then root itself."""
-    telling = FOLDERS.get(name, set()) | INNER
-    # What lies unpacked is looked at before a "download" of the same.
-    for child in sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ():
-        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
-            yield from _folders(name, child, depth - 1)
-    yield root
 
 
 def _child(folder: Path, name: str) -> Path | None:

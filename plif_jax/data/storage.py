@@ -31,19 +31,21 @@ def locked(path):
         os.close(lock)
 
 
+ADVICE = (
+    "Free space there, or choose another folder with -cache_dir or PLIF_JAX_CACHE, and run again: what is finished is "
+    "kept."
+)
+
+
 @contextlib.contextmanager
-def writing(path):
-    """Turn the system's refusal to write at `path` into a UserError."""
+def writing(path, advice=ADVICE):
+    """Turn the system's refusal to write at `path` into a UserError that gives the advice."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # not the system but a library, of what it was reading
             raise
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. "
-            "Free space there, or choose another folder with -cache_dir or PLIF_JAX_CACHE, and run again: what is "
-            "finished is kept."
-        ) from None
+        raise UserError(f"{path} cannot be written: {error.strerror}. {advice}") from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from flax import nnx
 from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
+from plif_jax.interop.torch import conv_to_torch, linear_to_torch
 from plif_jax.networks import Flatten, Pool
 
 # SpikingJelly's and snnTorch's default step in seconds; snnTorch takes no other.
@@ -126,7 +127,7 @@ def _conv_to_nir(name, conv, shape):
     kernel = np.asarray(conv.kernel[...])
     return nir.Conv2d(
         input_shape=shape[:2],
-        weight=np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
+        weight=np.ascontiguousarray(conv_to_torch(kernel)),
         stride=stride,
         padding=padding if isinstance(padding, str) else pair(padding),
         dilation=pair(conv.kernel_dilation),
@@ -136,8 +137,5 @@ def _conv_to_nir(name, conv, shape):
 
 
 def _linear_to_nir(linear, flattened):
-    kernel = np.asarray(linear.kernel[...])
-    if flattened is not None:
-        kernel = kernel.reshape(*flattened, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-    weight = np.ascontiguousarray(kernel.T)
+    weight = np.ascontiguousarray(linear_to_torch(np.asarray(linear.kernel[...]), flattened))
     return nir.Linear(weight) if linear.bias is None else nir.Affine(weight, np.asarray(linear.bias[...]))

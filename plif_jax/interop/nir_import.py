@@ -8,6 +8,7 @@ from flax import nnx
 from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.nir_export import channels_first, pair, shape_after, vote_weight
+from plif_jax.interop.torch import conv_from_torch, linear_from_torch
 from plif_jax.layers import Linear
 from plif_jax.networks import Flatten, Pool, SpikingNet
 
@@ -87,9 +88,9 @@ def _chain(graph):
 
 def _popped_vote(chain):
     """Takes the vote off the chain's end and says how many classes it has; None where there is none."""
-    last = chain[-1][1]
-    if len(chain) < 2 or not isinstance(last, nir.Linear) or not isinstance(chain[-2][1], nir.LIF | nir.IF):
+    if len(chain) < 2 or not isinstance(chain[-1][1], nir.Linear) or not isinstance(chain[-2][1], nir.LIF | nir.IF):
         return None
+    last = chain[-1][1]
     classes, neurons_out = last.weight.shape
     if neurons_out % classes or not np.array_equal(last.weight, vote_weight(classes, neurons_out)):
         return None
@@ -178,14 +179,11 @@ def _conv_from_nir(name, node):
         kernel_dilation=pair(node.dilation),
         **_empty(use_bias=True),
     )
-    return _filled(layer, node.weight.transpose(2, 3, 1, 0), node.bias)
+    return _filled(layer, conv_from_torch(node.weight), node.bias)
 
 
 def _linear_from_nir(node, flattened):
-    kernel = node.weight.T
-    if flattened is not None:
-        H, W, C = flattened
-        kernel = kernel.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
+    kernel = linear_from_torch(node.weight, flattened)
     bias = node.bias if isinstance(node, nir.Affine) else None
     layer = Linear(kernel.shape[0], kernel.shape[1], **_empty(use_bias=bias is not None))
     return _filled(layer, kernel, bias)

@@ -111,6 +111,8 @@ def _paper(arrays, settings):
         raise UserError(f"the file's surrogate is {kind} with alpha {alpha}; the paper's networks have ATan with 2")
     use_plif = any(key.endswith(".w") for key in arrays)
     name = settings.get("dataset_name", name)
+    if name not in NETWORKS:
+        raise UserError(f"dataset_name is {name!r}; networks are there for {', '.join(NETWORKS)}")
     return NETWORKS[name](
         T=settings.get("T", DATASETS[name].T),
         init_tau=2.0 if use_plif else _need(settings, "init_tau", "the tau of its LIF neurons"),
@@ -171,6 +173,6 @@ def _spiking_neuron(arrays, settings):
         "detach_reset": settings.get("detach_reset", False),
     }
     if any(key.endswith(".w") for key in arrays):
-        return lambda: neurons.PLIF(param_dtype=jnp.float32, surrogate=fire(alpha), **options)
+        return lambda: neurons.PLIF(param_dtype=jnp.float32, surrogate=fire(alpha=alpha), **options)
     tau = _need(settings, "init_tau", "the tau of its LIF neurons")
-    return lambda: neurons.LIF(tau, surrogate=fire(alpha), **options)
+    return lambda: neurons.LIF(tau, surrogate=fire(alpha=alpha), **options)

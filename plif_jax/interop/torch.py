@@ -21,22 +21,22 @@ def _same(array):
     return array
 
 
-def _conv_to_torch(kernel):
+def conv_to_torch(kernel):
     return kernel.transpose(3, 2, 0, 1)
 
 
-def _conv_from_torch(weight):
+def conv_from_torch(weight):
     return weight.transpose(2, 3, 1, 0)
 
 
-def _linear_to_torch(kernel, flat_shape):
+def linear_to_torch(kernel, flat_shape):
     """(in, out) to (out, in); where the inputs are flattened (H, W, C), also puts them channel first."""
     if flat_shape is not None:
         kernel = kernel.reshape(*flat_shape, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
     return kernel.T
 
 
-def _linear_from_torch(weight, flat_shape):
+def linear_from_torch(weight, flat_shape):
     kernel = weight.T
     if flat_shape is not None:
         H, W, C = flat_shape
@@ -49,7 +49,7 @@ def _entries(net):
     flat_shape = None
     for name, layer in net.named_layers().items():
         if isinstance(layer, nnx.Conv):
-            yield f"{name}.weight", layer.kernel, _conv_to_torch, _conv_from_torch
+            yield f"{name}.weight", layer.kernel, conv_to_torch, conv_from_torch
         elif isinstance(layer, BatchNorm):
             yield f"{name}.weight", layer.scale, _same, _same
             yield f"{name}.bias", layer.bias, _same, _same
@@ -63,8 +63,8 @@ def _entries(net):
         elif isinstance(layer, Flatten):
             flat_shape = layer.shape
         elif isinstance(layer, nnx.Linear):
-            there = partial(_linear_to_torch, flat_shape=flat_shape)
-            back = partial(_linear_from_torch, flat_shape=flat_shape)
+            there = partial(linear_to_torch, flat_shape=flat_shape)
+            back = partial(linear_from_torch, flat_shape=flat_shape)
             yield f"{name}.weight", layer.kernel, there, back
             if layer.bias is not None:
                 yield f"{name}.bias", layer.bias, _same, _same

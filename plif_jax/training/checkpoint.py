@@ -282,9 +282,11 @@ def load_network(run: str | Path, kind: str = "best"):
       (config, net)
 
     Raises:
-      UserError: the folder is not a run's, or has no sound checkpoint.
+      UserError: the folder is not a run's, or has no sound checkpoint; or an unknown kind.
     """
-    run = Path(run)
+    if kind not in ("best", "latest"):
+        raise UserError(f"there is no {kind!r} checkpoint; give best or latest")
+    run = Path(run).absolute()  # "." has no name, by which its checkpoints lie beside it
     try:
         config = Config.from_json((run / "config.json").read_bytes())
     except OSError:
@@ -292,7 +294,7 @@ def load_network(run: str | Path, kind: str = "best"):
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
-    sound, damaged, _ = _examined(folder.absolute())
+    sound, damaged, _ = _examined(folder)
     for path, damage in damaged.items():
         print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
     if not sound:

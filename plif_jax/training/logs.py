@@ -12,8 +12,8 @@ import struct
 import time
 from pathlib import Path
 
-from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from plif_jax.errors import UserError
 
@@ -116,9 +116,7 @@ def _framed(event):
 
 
 def _checksum(content):
-    """CRC-32C, rotated and shifted: TensorFlow masks it, for a record may hold checksums itself."""
-    crc = crc32c(content)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    return struct.pack("<I", masked_crc32c(content))
 
 
 def _valid(line):
