@@ -163,15 +163,18 @@ def _checked(field, value):
         raise UserError(f"-{field.name} {given}: {field.name} is {WORDS[allowed[0]]}")
     given = f"-{field.name} {value}"
     if "choices" in bounds and value not in bounds["choices"]:
-        near = difflib.get_close_matches(str(value), map(str, bounds["choices"]), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        names = {str(choice).lower(): choice for choice in bounds["choices"]}
+        near = difflib.get_close_matches(str(value).lower(), names, 1)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise UserError(f"{given}: {field.name} is one of {', '.join(map(str, bounds['choices']))}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{given}: {field.name} must be finite")
     for bound, holds, words in (
         ("above", float.__gt__, "above"),
         ("least", float.__ge__, "at least"),
         ("below", float.__lt__, "below"),
     ):
-        if bound in bounds and not (math.isfinite(value) and holds(float(value), float(bounds[bound]))):
+        if bound in bounds and not holds(float(value), float(bounds[bound])):
             raise UserError(f"{given}: {field.name} must be {words} {bounds[bound]}")
     return value
 

@@ -38,7 +38,7 @@ def _forward(x, kernel):
 def _backward(residuals, g):
     x, kernel = residuals
     kernel_bar = lax.platform_dependent(x, g, cpu=_kernel_gradient_by_image, default=_kernel_gradient)
-    return conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar.astype(kernel.dtype)
+    return conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar
 
 
 conv3x3.defvjp(_forward, _backward)
@@ -102,7 +102,7 @@ def _kernel_gradient_by_image(x, g):
 
     chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]
     total, _ = lax.scan(add, jnp.zeros((features, 9 * x.shape[-1]), dtype), chunks)
-    return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1)
+    return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1).astype(x.dtype)
 
 
 def _images(N, most):

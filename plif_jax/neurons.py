@@ -72,6 +72,7 @@ class Neuron(nnx.Module):
         Returns the membrane after the last step and the spikes [T, ...]. Feeding a sequence in chunks, the membrane
         carried over, gives what one call gives; a chunk of one timestep is live inference.
         """
+        x = jnp.asarray(x)
         rest = self.rest(x)
         if v is None:
             v = rest
@@ -82,6 +83,7 @@ class Neuron(nnx.Module):
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
+        x = jnp.asarray(x)
         return lax.scan(self.step, self.rest(x) if v is None else v, x)
 
     def __call__(self, x):

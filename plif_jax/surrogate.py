@@ -66,7 +66,7 @@ class Surrogate(nnx.Module):
 
     def __call__(self, x):
         """Spikes of x = h - v_threshold, same shape and dtype."""
-        return _spike(*nnx.split(self), x)
+        return _spike(*nnx.split(self), jnp.asarray(x))
 
 
 class ATan(Surrogate):

@@ -1,6 +1,7 @@
 """Settings: the paper's command lines are understood, a mistake ends in one helpful line."""
 
 import pathlib
+import runpy
 
 import pytest
 
@@ -100,7 +101,9 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST -learning_rate -1", "-learning_rate -1.0: learning_rate must be above 0"),
         ("-dataset_name NMIST", "did you mean NMNIST?"),
         ("-dataset_name NMNIST -init_tau 1", "-init_tau 1.0: init_tau must be above 1"),
-        ("-dataset_name NMNIST -init_tau nan", "above 1"),
+        ("-dataset_name mnist", "did you mean MNIST?"),
+        ("-dataset_name NMNIST -init_tau nan", "-init_tau nan: init_tau must be finite"),
+        ("-dataset_name NMNIST -init_tau inf", "-init_tau inf: init_tau must be finite"),
         ("-dataset_name NMNIST -init_tau two", "init_tau is a number"),
         ("-dataset_name NMNIST -T 0", "-T 0: T must be at least 1"),
         ("-dataset_name NMNIST -T 2.5", "T is a whole number"),
@@ -126,6 +129,15 @@ def test_a_mistake_is_answered_in_one_line(line, said):
     with pytest.raises(UserError) as error:
         parse(line.split())
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "script, ratio, said", [("train", "0.15", "use train_val.py"), ("train_val", "None", "which train.py trains")]
+)
+def test_each_protocol_has_its_script(script, ratio, said):
+    main = runpy.run_path(str(ROOT / "experiments" / f"{script}.py"))["main"]
+    with pytest.raises(UserError, match=said):
+        main(["-dataset_name", "Digits", "-val_ratio", ratio])
 
 
 @pytest.mark.parametrize(

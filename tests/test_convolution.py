@@ -45,3 +45,14 @@ def test_short_floats_are_not_transformed(dtype):
     """Winograd's sums and differences would cost them bits."""
     x, kernel, _ = operands(2, 14, 14, 32, 32, dtype)
     np.testing.assert_array_equal(convolution.conv3x3(x, kernel), direct(x, kernel))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_short_floats_are_short_and_right(dtype):
+    """Compiled, so that the branches of every platform are traced."""
+    *primals, g = operands(16, 8, 8, 32, 32, dtype)
+    ours = jax.jit(lambda *primals: jax.vjp(convolution.conv3x3, *primals)[1](g))(*primals)
+    longer = [array.astype(jnp.float32) for array in primals]
+    for short, long in zip(ours, jax.vjp(direct, *longer)[1](g.astype(jnp.float32)), strict=True):
+        assert short.dtype == dtype
+        np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.01 * np.abs(long).max())

@@ -106,6 +106,7 @@ def test_bad_events_are_named(change, says):
     "settings, says",
     [
         ({"T": 0}, "T is 0"),
+        ({"T": 2.0}, "T is 2.0, .*give a whole number"),
         ({"T": 2, "split_by": "size"}, "split_by is 'size'; allowed are number, time"),
         ({"T": 2, "normalization": "mean"}, "allowed are None, frequency, max, norm, sum"),
     ],

@@ -60,6 +60,12 @@ def test_weights_come_back_as_they_were_loaded(settings):
         np.testing.assert_array_equal(array, arrays[name], err_msg=name)
 
 
+def test_a_state_dict_may_be_changed():
+    arrays = torch_interop.state_dict(small())
+    for array in arrays.values():
+        array += 1
+
+
 def test_a_linear_layer_sees_features_channel_first():
     """One weight, from channel 1, row 2, column 3 of the last feature map [3, 8, 8]."""
     net = small()

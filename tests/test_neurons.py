@@ -244,6 +244,11 @@ def test_the_membrane_stays_float32_under_bfloat16():
     np.testing.assert_array_equal(np.flatnonzero(spikes), [6])
 
 
+def test_currents_may_be_numpys_or_plain_numbers():
+    for x in (np.full((6, 2), 1.3), [[1.3, 1.3]] * 6):
+        np.testing.assert_array_equal(neurons.PLIF()(x), neurons.PLIF()(jnp.full((6, 2), 1.3)))
+
+
 def test_no_timestep_leaves_the_membrane_alone():
     v, spikes = neurons.LIF().unroll(jnp.full(3, 0.3), jnp.zeros((0, 3)))
     assert (v == jnp.float32(0.3)).all() and spikes.shape == (0, 3)

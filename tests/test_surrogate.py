@@ -93,6 +93,11 @@ def test_learned_alpha_gets_the_derivative_of_the_primitive(cls, settings, x64):
     assert alpha_bar.shape == ()
 
 
+def test_a_plain_number_fires_and_has_a_gradient(x64):
+    assert surrogate.ATan()(0.5) == 1 and surrogate.ATan()(-0.5) == 0
+    np.testing.assert_allclose(jax.grad(surrogate.ATan())(0.3), surrogate.ATan().derivative(0.3), rtol=1e-15)
+
+
 def test_alpha_is_a_parameter_only_where_it_is_learned():
     assert not jax.tree.leaves(nnx.state(surrogate.ATan(), nnx.Param))
     (alpha,) = jax.tree.leaves(nnx.state(surrogate.ATan(3.0, learnable=True), nnx.Param))

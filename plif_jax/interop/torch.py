@@ -85,7 +85,7 @@ def state_dict(net):
     """The network's weights and running statistics as {name in the authors' program: NumPy array}."""
     arrays = {}
     for name, variable, to_torch, _ in _entries(net):
-        arrays[name] = np.asarray(to_torch(np.asarray(variable[...])), order="C")
+        arrays[name] = np.array(to_torch(np.asarray(variable[...])), order="C")  # a copy, which may be changed
         for counter in _counter_names([name]):
             arrays[counter] = np.zeros((), np.int64)
     return arrays
