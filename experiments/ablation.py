@@ -75,13 +75,13 @@ def plan(datasets, seeds, flags):
 
 def finished(run: Config):
     """The result of a run that is done, with these settings and as many epochs; None otherwise."""
+    asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in MAY_CHANGE}
     try:
         result = json.loads((run.run_dir / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        same = asked.items() <= result["settings"].items() and result["epochs"] >= run.max_epoch
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: training writes it anew
         return None
-    asked = dataclasses.asdict(run)
-    same = all(result["settings"].get(name) == value for name, value in asked.items() if name not in MAY_CHANGE)
-    return result if same and result["epochs"] >= run.max_epoch else None
+    return result if same else None
 
 
 def spread(values):
@@ -113,7 +113,7 @@ def minds(runs) -> list[str]:
     """What sets the runs of each data set apart from the published ones, a line each."""
     lines = []
     for (dataset, name), (config, *_) in runs.items():
-        if name != next(iter(SETTINGS)):
+        if name != next(iter(SETTINGS)) or dataset not in PUBLISHED_A:
             continue
         whole = Config(dataset_name=dataset, detach_reset=True, **SETTINGS[name])
         published = whole.run_name if config.val_ratio is None else reference.accuracy_b_name(dataset)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plif_jax.catalog import DATASETS
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, nearest
 
 
 def _field(help, default, **bounds):
@@ -163,10 +162,10 @@ def _checked(field, value):
         raise UserError(f"-{field.name} {given}: {field.name} is {WORDS[allowed[0]]}")
     given = f"-{field.name} {value}"
     if "choices" in bounds and value not in bounds["choices"]:
-        names = {str(choice).lower(): choice for choice in bounds["choices"]}
-        near = difflib.get_close_matches(str(value).lower(), names, 1)
-        hint = f"; did you mean {names[near[0]]}?" if near else ""
-        raise UserError(f"{given}: {field.name} is one of {', '.join(map(str, bounds['choices']))}{hint}")
+        choices = list(map(str, bounds["choices"]))
+        near = nearest(str(value), choices)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"{given}: {field.name} is one of {', '.join(choices)}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{given}: {field.name} must be finite")
     for bound, holds, words in (
@@ -221,8 +220,8 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
     for argument in argv:  # before argparse, which takes -max for -max_epoch and -T_max 5 misspelt for -T with a value
         flag = argument.lstrip("-").split("=")[0]
         if re.match("--?[A-Za-z]", argument) and flag not in (*flags, "h", "help"):
-            near = difflib.get_close_matches(flag, flags, 1)
-            hint = f"did you mean -{near[0]}?" if near else "-h lists the flags"
+            near = nearest(flag, flags)
+            hint = f"did you mean -{near}?" if near else "-h lists the flags"
             raise UserError(f"unknown argument {argument}; {hint}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:

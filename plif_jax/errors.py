@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and what was probably meant."""
+
+import difflib
 
 
 class UserError(ValueError):
@@ -6,3 +8,10 @@ class UserError(ValueError):
 
     The message is one line: what was given, what is allowed, what to do. Scripts print it without a traceback.
     """
+
+
+def nearest(given: str, allowed) -> str | None:
+    """The allowed name that a misspelt one is nearest to, whatever the case; None where none is near."""
+    names = {name.lower(): name for name in allowed}
+    near = difflib.get_close_matches(given.lower(), names, 1)
+    return names[near[0]] if near else None

@@ -87,6 +87,15 @@ def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, c
     assert (tmp_path / "logs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"settings": 1}'])
+def test_a_damaged_result_is_none(flags, content):
+    (config,) = ablation.plan(["MNIST"], [1], flags)["MNIST", "LIF, tau = 2"]
+    finish(config, 0.5)
+    assert ablation.finished(config)
+    (config.run_dir / "result.json").write_text(content)
+    assert ablation.finished(config) is None
+
+
 def test_a_failing_run_still_leaves_the_table(flags, monkeypatch, capsys):
     def fail(run):
         raise UserError("no data")

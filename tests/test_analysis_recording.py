@@ -77,7 +77,7 @@ def test_layers_keep_their_order_when_there_are_many():
 
 
 def test_a_number_of_neurons_spreads_over_each_layer(net, frames):
-    _, layers = recording.record(net, frames, 5)
+    _, layers = recording.record(net, frames, np.int64(5))
     assert {layer.spikes.shape for layer in layers.values()} == {(4, 3, 5)}
 
 
@@ -87,6 +87,11 @@ def test_wrong_choices_are_named(net, frames):
     for beyond in (100, -1):
         with pytest.raises(UserError, match=rf"neuron {beyond} of fc\.6: it has 100 neurons"):
             recording.record(net, frames, {"fc.6": [3, beyond]})
+    for neurons in ([0, 5], -1):
+        with pytest.raises(UserError, match=r"neurons is .*; give how many, or \{layer: indices\} for some of conv\.2"):
+            recording.record(net, frames, neurons)
+    with pytest.raises(UserError, match="batch_size is -1; give 1 or more"):
+        recording.record(net, frames, batch_size=-1)
 
 
 def test_recording_works_under_jit(net, frames):

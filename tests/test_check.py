@@ -103,6 +103,8 @@ def test_cifar10_dvs_is_turned_upright(here, monkeypatch):
     "name, says",
     [
         ("NMIST", "no data set 'NMIST'; allowed are .*Did you mean NMNIST?"),
+        ("cifar10", "Did you mean CIFAR10?"),
+        ("CIFAR10", "no official files of CIFAR10 are in"),
         ("CIFAR10DVS", "no recordings of CIFAR10DVS"),
     ],
 )

@@ -162,11 +162,12 @@ def test_tonics_gestures(tmp_path):
     assert found.expected == (1077, 264)
 
 
-def test_asl_dvs_letters(tmp_path):
+@pytest.mark.parametrize("place", ["ASLDVS", "ASLDVS/ICCV2019_DVS_dataset"])
+def test_asl_dvs_letters(tmp_path, place):
     for letter in "aky":
         for number in (1, 3360, 3361, 4200):
-            (tmp_path / "ASLDVS" / letter).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "ASLDVS" / letter / f"{letter}_{number:04d}.mat").touch()
+            (tmp_path / place / letter).mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / letter / f"{letter}_{number:04d}.mat").touch()
     found = recordings.find("ASLDVS", tmp_path, tmp_path / "cache")
     assert numbers(found.train) == [1, 3360] * 3 and numbers(found.test) == [3361, 4200] * 3
     assert [r.label for r in found.test] == [0, 0, 9, 9, 23, 23], "24 letters: j and z are left out"

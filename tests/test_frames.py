@@ -63,6 +63,18 @@ def test_against_a_plain_loop_on_an_oblong_sensor(split_by, normalization, N, T,
     np.testing.assert_allclose(got, plain_loop(events, 9, 13, T, split_by, normalization), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_a_span_that_the_times_own_type_does_not_hold(dtype):
+    t = np.linspace(np.iinfo(dtype).min, np.iinfo(dtype).max, 8).astype(dtype)
+    for settings in ({"split_by": "time"}, {"split_by": "number", "normalization": "frequency"}):
+        narrow, wide = (
+            frames.integrate(dict(t=t, x=x, y=x, p=x), 1, 1, 4, **settings)
+            for t, x in ((t, np.zeros(8, int)), (t.astype(np.int64), np.zeros(8, int)))
+        )
+        np.testing.assert_array_equal(narrow, wide)
+        assert (narrow.sum((1, 2, 3)) > 0).all()
+
+
 def test_empty_time_bins_leave_empty_frames_and_lose_nothing():
     events = {"t": [0, 1, 2, 99, 1007], "x": [0, 0, 0, 1, 2], "y": [0] * 5, "p": [0, 1, 2, 0, 1]}
     got = frames.integrate(events, 2, 3, T=10, split_by="time")
@@ -92,6 +104,7 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"y": [0, -1]}, "event 1 at y = -1 lies outside"),
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
         ({"t": [], "x": [], "y": [], "p": []}, "no events"),
+        ({"t": [0.5, 0.7]}, "column t holds fractions: times are whole microseconds"),
         ({"x": [0]}, "columns t, x, y, p differ: 2, 1, 2 and 2 values"),
     ],
 )

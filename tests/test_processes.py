@@ -71,6 +71,7 @@ def test_a_single_tpu_host_trains_alone(monkeypatch):
     [
         ({"coordinator": "localhost"}, "-coordinator localhost: give host:port"),
         ({"coordinator": "localhost:"}, "-coordinator localhost:: give host:port"),
+        ({"coordinator": "localhost:99999"}, "-coordinator localhost:99999: give host:port"),
         ({"process_id": 2}, "-process_id 2: give 0 to 1"),
         ({"process_id": None, "num_processes": None}, "-num_processes and -process_id missing"),
     ],
@@ -121,6 +122,19 @@ def test_two_processes_are_one_run_and_one_process_continues_it(settings, shared
         loop.train(continued, say=said.append)
         assert "continuing after epoch 1, step 5" in said
         assert_close(continued, whole, 1e-10)
+
+
+def test_processes_with_other_settings_are_refused_before_they_train(settings, shared, tmp_path):
+    """They would train apart, or wait for each other without end."""
+    first, second = as_processes(Config(**settings | {"log_dir_prefix": str(tmp_path)}))
+    second = Config(**vars(second) | {"learning_rate": 0.01, "max_epoch": 3, "data_root": str(tmp_path)})
+    with started(first, second, folder=shared, devices=2) as programs:
+        codes = [program.end(within=120) for program in programs]
+    # Who is second may only see that the first is gone.
+    assert 2 in codes and 0 not in codes
+    said = programs[codes.index(2)].said()
+    assert re.search(r"another process has other settings than -learning_rate 0.0[12], -max_epoch [23] here", said)
+    assert not first.run_dir.exists()
 
 
 @pytest.mark.faults

@@ -276,8 +276,9 @@ def test_the_first_layer_that_failed_is_named_also_where_names_sort_otherwise(se
 
 
 def test_other_settings_are_refused_by_name(settings, whole):
-    other = dataclasses.replace(whole[0], batch_size=4, seed=1, max_epoch=3)
-    with pytest.raises(UserError, match="batch_size was 8, is 4; seed was 2020, is 1"):
+    """And of them alone: how far to train, how often to test and how to dispatch may change."""
+    other = dataclasses.replace(whole[0], batch_size=4, seed=1, max_epoch=3, eval_every=2, steps_per_call=1)
+    with pytest.raises(UserError, match=r"settings: batch_size was 8, is 4; seed was 2020, is 1\. Give"):
         loop.train(other, say=lambda line: None)
 
 

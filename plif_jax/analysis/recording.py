@@ -4,6 +4,7 @@ A recording watches `SpikingNet.unroll` from outside. The network stays as it is
 membranes are computed again from the currents, for the chosen neurons only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,8 +49,10 @@ def record(net, x, neurons=None, *, batch_size=None):
       Firing rates of the classes [B, classes], and {layer name: LayerRecord} in the order of the layers.
 
     Raises:
-      UserError: a layer that does not exist, or an index beyond its neurons.
+      UserError: a layer that does not exist, an index beyond its neurons, or no such choice or batch_size.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; give 1 or more samples at a time, or nothing for all")
     graphdef, state = nnx.split(net)
     batch_axis = x.ndim - 4  # 0 in images, 1 in frames
     size = x.shape[batch_axis]
@@ -74,8 +77,10 @@ def _chosen(net, x, neurons):
     jax.eval_shape(partial(evaluate, observe=observe), *nnx.split(net), x)
     if neurons is None:
         return dict.fromkeys(sizes)
-    if isinstance(neurons, int):
+    if isinstance(neurons, int | np.integer) and neurons >= 0:
         return {name: np.linspace(0, n - 1, min(neurons, n)).astype(int) for name, n in sizes.items()}
+    if not isinstance(neurons, Mapping):
+        raise UserError(f"neurons is {neurons}; give how many, or {{layer: indices}} for some of {', '.join(sizes)}")
     if unknown := neurons.keys() - sizes.keys():
         raise UserError(f"no spiking layer {min(unknown)}; this network's are {', '.join(sizes)}")
     chosen = {name: np.asarray(neurons.get(name, ()), int) for name in sizes}

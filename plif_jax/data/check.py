@@ -1,6 +1,5 @@
 """A look at a data set before training: what is there, whole or not, and a picture of a few samples."""
 
-import difflib
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from plif_jax.catalog import DATASETS
 from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, events, images, recordings, storage
 from plif_jax.data.dataset import default_cache_dir
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, nearest
 
 SAMPLES = 10  # shown, spread over the classes
 SHOWN_FRAMES = 8  # of each event recording
@@ -30,8 +29,8 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
         UserError: an unknown name, no such data, or samples that cannot be read.
     """
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, 1, 0.4)
-        meant = f" Did you mean {close[0]}?" if close else ""
+        near = nearest(name, DATASETS)
+        meant = f" Did you mean {near}?" if near else ""
         raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
@@ -77,6 +76,8 @@ def _images(name, data_root, cache_dir):
     """Describe images, and lay out a row of each of a few classes."""
     if data_root is None and not images.is_prepared(name, cache_dir):
         raise UserError(NOT_FETCHED.format(name=name, folder=cache_dir))
+    if data_root is not None and not images.find(name, data_root)[1]:
+        raise UserError(f"no official files of {name} are in {data_root}.")
     dataset = images.load(name, data_root, cache_dir)
     train, test = dataset.train, dataset.test
     lines = _summary(name, train.found, test.found, (train.expected, test.expected))

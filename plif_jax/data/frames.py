@@ -53,7 +53,8 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    t_N, x_N, y_N, p_N = (_integers(events[name]) for name in "txyp")
+    t_N, x_N, y_N, p_N = (_integers(name, events[name]) for name in "txyp")
+    t_N = t_N.astype(np.int64, copy=False)  # a difference may be larger than a smaller type holds
     if len(t_N) == 0:
         raise UserError("there are no events: frames need at least one.")
     if len({len(t_N), len(x_N), len(y_N), len(p_N)}) > 1:
@@ -80,9 +81,11 @@ def check_settings(T, split_by, normalization):
             raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
 
 
-def _integers(column):
+def _integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
     column = np.asarray(column)
+    if column.dtype.kind == "f" and (column != np.trunc(column)).any():
+        raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
     kept = column.dtype.kind in "ib" and column.dtype.isnative
     return column if kept else column.astype(np.int64)
 

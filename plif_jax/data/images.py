@@ -32,7 +32,7 @@ def load(
     Raises:
         UserError: if `data_root` is no folder, a file is damaged, or the set cannot be downloaded or prepared.
     """
-    folder, files = _find(name, Path(data_root).expanduser()) if data_root is not None else (None, {})
+    folder, files = find(name, data_root) if data_root is not None else (None, {})
     if files:
         splits = image_files.read(name, files)
     else:
@@ -53,8 +53,9 @@ def is_prepared(name: str, cache_dir: Path) -> bool:
     return tfds_builders.find(name, cache_dir).data_path.exists()
 
 
-def _find(name: str, root: Path) -> tuple[Path | None, dict[str, Path]]:
+def find(name: str, root: str | Path) -> tuple[Path | None, dict[str, Path]]:
     """The first folder under root with official files of the set, and those files by name."""
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
     telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}

@@ -25,7 +25,7 @@ FOLDERS = {  # names, without case and punctuation, of folders that hold a data 
     "NMNIST": {"nmnist"},
     "CIFAR10DVS": {"cifar10dvs"},
     "DVS128Gesture": {"dvs128gesture", "dvsgesture"},
-    "ASLDVS": {"asldvs"},
+    "ASLDVS": {"asldvs", "iccv2019dvsdataset"},
 }
 INNER = {"events", "extract", "extracted", "download"}  # and of folders in them: the paper's and SpikingJelly's trees
 

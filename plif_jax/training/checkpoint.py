@@ -32,9 +32,11 @@ SEAL = "sha256.json"
 ITEMS = ("state", "record", "metrics")
 MISSING = "files are missing, or its seal"
 
-# Settings that do not change what a run computes: a run may continue with other values.
+# Settings that do not change what a step computes: a run may continue with other values.
 MAY_CHANGE = {
     "max_epoch",
+    "eval_every",
+    "steps_per_call",
     "device",
     "log_dir_prefix",
     "data_root",

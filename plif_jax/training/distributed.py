@@ -1,14 +1,20 @@
 """Several processes as one run, through JAX's own runtime."""
 
+import dataclasses
 import os
 import re
+import zlib
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from plif_jax.errors import UserError
 
 # A peer that says nothing for this long is taken for dead, and the run ends.
 HEARTBEAT_SECONDS = 30
+# What is each process's own: who it is, and where things lie on its host.
+MAY_DIFFER = ("coordinator", "process_id", "data_root", "cache_dir")
 
 
 def join(config, say=print):
@@ -34,6 +40,22 @@ def join(config, say=print):
         say(f"JAX finds no other hosts of this TPU ({error}); give -coordinator, -num_processes, -process_id if it has")
 
 
+def agree(config):
+    """Refuses settings that differ between the processes, before they train apart or wait for each other.
+
+    Raises:
+      UserError: names the settings; each process says its own values.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
+    digests = np.array([zlib.crc32(repr(value).encode()) for value in ours.values()], np.uint32)
+    differs = (multihost_utils.process_allgather(digests) != digests).any(0)
+    here = [f"-{name} {value}" for (name, value), other in zip(ours.items(), differs, strict=True) if other]
+    if here:
+        raise UserError(f"another process has other settings than {', '.join(here)} here; give all the same")
+
+
 def _given(config):
     """What the flags say, as `jax.distributed.initialize` takes it; nothing where they are absent."""
     given = {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -44,7 +66,8 @@ def _given(config):
         raise UserError(
             f"{' and '.join(missing)} missing: several processes need -coordinator, -num_processes, -process_id"
         )
-    if not re.fullmatch(r"\S+:\d{1,5}", config.coordinator):
+    host, _, port = config.coordinator.rpartition(":")
+    if not (host and re.fullmatch(r"\d{1,5}", port) and int(port) < 1 << 16):
         raise UserError(f"-coordinator {config.coordinator}: give host:port of process 0, such as localhost:9876")
     if config.process_id >= config.num_processes:
         raise UserError(f"-process_id {config.process_id}: give 0 to {config.num_processes - 1}")

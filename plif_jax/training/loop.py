@@ -35,6 +35,7 @@ def train(config, say=print) -> dict:
     """
     state.set_precision(config)
     distributed.join(config, say)
+    distributed.agree(config)
     main = jax.process_index() == 0
     say = say if main else lambda line: None
     chosen = devices.choose(config, say)
