@@ -38,7 +38,7 @@ def test_nmnist_folders(tmp_path, place):
 @pytest.mark.parametrize("names", [("Train.zip", "Test.zip"), ("train.zip", "test.zip")])
 def test_nmnist_archives_are_unpacked_once_into_the_cache(tmp_path, names):
     write_nmnist(tmp_path / "made")
-    (tmp_path / "data" / "NMNIST").mkdir(parents=True)
+    (tmp_path / "data" / "NMNIST" / "Train" / "0").mkdir(parents=True)  # begun by hand, and empty
     for split, name in zip(("Train", "Test"), names, strict=True):
         pack(tmp_path / "made" / split, tmp_path / "data" / "NMNIST" / name)
     first = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")

@@ -93,9 +93,9 @@ def _child(folder: Path, name: str) -> Path | None:
 
 
 def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | None:
-    """The folder `name` in a folder, or in the archive that lies there in its place, unpacked."""
+    """The folder `name` in a folder, or where it holds no file the archive that lies there too, unpacked."""
     child = _child(folder, name)
-    if child is not None and child.is_dir() and any(child.iterdir()):
+    if child is not None and any(path.is_file() for path in child.rglob("*")):
         return child
     packed = _child(folder, archive)
     return packed and _child(archives.unpacked(packed, cache_dir), name)
