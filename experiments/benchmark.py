@@ -1,6 +1,6 @@
 """Measures plif_jax against SpikingJelly, tonic and the machine's own limits; every figure is a ratio.
 
-    pip install "plif_jax[bench]"
+    pip install -e ".[bench]"
     python experiments/benchmark.py all
     python experiments/benchmark.py train -networks MNIST,NMNIST -batch_sizes 16,64 -precisions float32,bfloat16
     python experiments/benchmark.py pipeline -pipeline_network MNIST -data_root DATA

@@ -11,6 +11,7 @@ Nothing enters the page that was not run.
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 from plif_jax import cli, config, data
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
+from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +75,11 @@ def run(name, more, logs, deadline):
     script, arguments, _ = ROWS[name]
     flags = [*arguments.split(), "-log_dir_prefix", str(Path(logs, name)), *more]
     val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
-    settings = config.parse(flags, **val_ratio)
+    settings, committed = (config.parse(given, **val_ratio) for given in (flags, arguments.split()))
+    fields = dataclasses.asdict(committed)
+    other = [f for f, value in dataclasses.asdict(settings).items() if f not in MAY_CHANGE and value != fields[f]]
+    if other:
+        raise UserError(f"-{other[0]} would make another run than the row {name}; that is for train.py")
     data.load(settings)  # a data set that is not there should cost no device time
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "experiments" / script, *flags]
@@ -99,6 +105,8 @@ def keep(name, settings):
         result = json.loads((settings.run_dir / "result.json").read_text())
     except OSError:
         return print(f"{name}: no epoch is done yet")
+    if result["best"] is None:
+        return print(f"{name}: no epoch was tested yet")
     script, arguments, _ = ROWS[name]
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {

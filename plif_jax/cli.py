@@ -28,7 +28,7 @@ def run(main):
     except Interrupted as interrupted:
         sys.exit(interrupted.code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except Exception:
         traceback.print_exc()
         _leave(1)

@@ -15,6 +15,9 @@ from pathlib import Path
 from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError, nearest
 
+# Settings of which each data set has its own in the paper.
+OF_THE_DATA_SET = ("T", "channels", "number_layer")
+
 
 def _field(help, default, **bounds):
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
@@ -70,7 +73,7 @@ class Config:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         facts = self.facts
-        for name in ("T", "channels", "number_layer"):
+        for name in OF_THE_DATA_SET:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(facts, name))
         if facts.events and self.number_layer > facts.max_number_layer:
@@ -229,7 +232,11 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
     given = vars(given)
     settings = dict(defaults)
     if "config" in given:
-        settings |= {k: v for k, v in dataclasses.asdict(load(given.pop("config"))).items() if v is not None}
+        loaded = load(given.pop("config"))
+        # For another data set than the file's, that one's paper settings and not these.
+        other = given.get("dataset_name", loaded.dataset_name) != loaded.dataset_name
+        left = [name for name in OF_THE_DATA_SET if other and getattr(loaded, name) == getattr(loaded.facts, name)]
+        settings |= {k: v for k, v in dataclasses.asdict(loaded).items() if v is not None and k not in left}
     settings |= {name: _convert(fields[name], text) for name, text in given.items()}
     return Config(**settings)
 

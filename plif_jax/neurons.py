@@ -72,23 +72,34 @@ class Neuron(nnx.Module):
         Returns the membrane after the last step and the spikes [T, ...]. Feeding a sequence in chunks, the membrane
         carried over, gives what one call gives; a chunk of one timestep is live inference.
         """
-        x = jnp.asarray(x)
+        x = _currents(x)
         rest = self.rest(x)
         if v is None:
             v = rest
         elif jnp.shape(v) != rest.shape:
             raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
-        graphdef, params, other = nnx.split(self, nnx.Param, ...)
+        graphdef, params, other = nnx.split(self, _floats, ...)
         return _run(graphdef, params, other, jnp.asarray(v, rest.dtype), x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
-        x = jnp.asarray(x)
+        x = _currents(x)
         return lax.scan(self.step, self.rest(x) if v is None else v, x)
 
     def __call__(self, x):
         """Spikes [T, ...] in answer to currents x [T, ...], from rest."""
         return self.unroll(None, x)[1]
+
+
+def _currents(x):
+    """Currents as floating-point numbers, for spikes have their type: whole ones would have no gradient."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+
+
+def _floats(path, leaf):
+    """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a neuron of one's own."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _scan(step, carry, xs, **kwargs):
@@ -157,7 +168,7 @@ def _sigmoid_backward(k, g):
     product = g * (1 - k) * k
     # The select changes nothing; it keeps the CPU from fusing this product with the sum over timesteps, which would
     # round once where PyTorch rounds twice.
-    return (jnp.where(product == 0, 0, product),)
+    return (jnp.where(jnp.isnan(product), jnp.nan, product),)
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
@@ -208,8 +219,13 @@ class PLIF(Neuron):
         """The membrane time constant now, in timesteps."""
         return 1 / jax.nn.sigmoid(self.w[...])
 
+    @property
+    def k(self):
+        """1 / tau, as the membrane charges with it."""
+        return _sigmoid(self.w[...])
+
     def charge(self, v, x):
-        return _leaky(v, x, self.v_reset, _sigmoid(self.w[...]).astype(v.dtype))
+        return _leaky(v, x, self.v_reset, self.k.astype(v.dtype))
 
 
 def _checked_tau(name, tau):

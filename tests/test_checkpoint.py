@@ -1,6 +1,7 @@
 """Checkpoints and curves by themselves: written beside the training, kept, examined, and mended where they can be."""
 
 import dataclasses
+import errno
 import json
 import time
 
@@ -72,6 +73,26 @@ def test_kept_are_the_last_two_the_best_and_timed_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "KEEP_EVERY_SECONDS", 1e-6)
     fill(tmp_path / "timed", range(1, 7), scores)
     assert kept(tmp_path / "timed") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"runs\[1\]/x: \S in it; give -log_dir_prefix"):
+        checkpoint.Checkpoints(tmp_path / "runs[1]" / "x", CONFIG)
+
+
+def test_where_files_cannot_be_locked_that_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\); give another -log_dir_prefix"):
+        checkpoint.Checkpoints(tmp_path, CONFIG)
+
+
+def test_what_a_killed_program_had_begun_to_write_is_removed(tmp_path):
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.Checkpoints(tmp_path, CONFIG):
+        assert not list(tmp_path.glob("*tmp*"))
 
 
 @pytest.mark.parametrize("seal", ["{}", "[" * 100_000, '{"state/a": 1'])

@@ -58,6 +58,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults():
     assert not config.use_plif and config.use_max_pool and config.val_ratio == 0.15
 
 
+def test_another_data_set_than_the_files_has_its_own_paper_settings():
+    file = ["-config", str(ROOT / "configs/nmnist_paper.py")]
+    config = parse([*file, "-dataset_name", "CIFAR10DVS"])
+    assert (config.T, config.channels, config.number_layer) == (20, 128, 4)
+    assert parse([*file, "-dataset_name", "CIFAR10DVS", "-T", "10"]).T == 10
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_committed_config_loads(path):
     assert isinstance(load(path), Config)

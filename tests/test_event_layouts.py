@@ -1,5 +1,6 @@
 """Every layout in which users have the event data sets is found, split as published, in an order of its own."""
 
+import errno
 import shutil
 import tarfile
 import zipfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from event_files import random_events, write_aedat2, write_aedat3, write_nmnist
 
-from plif_jax.data import archives, event_cache, event_readers, events, recordings
+from plif_jax.data import archives, event_cache, event_readers, events, images, recordings
 from plif_jax.errors import UserError
 
 
@@ -47,6 +48,18 @@ def test_nmnist_archives_are_unpacked_once_into_the_cache(tmp_path, names):
     assert first == again and stamp == Path(again.train[0].path).stat().st_ctime_ns
     assert numbers(first.train) == [2, 9, 10] * 10 and len(first.test) == 20
     assert all(Path(recording.path).is_relative_to(tmp_path / "cache") for recording in first.train + first.test)
+
+
+@pytest.mark.parametrize(
+    "find", [lambda root: recordings.find("NMNIST", root, root), lambda root: images.find("MNIST", root)]
+)
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, find):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+        find(tmp_path)
 
 
 def test_nothing_found_is_none(tmp_path):

@@ -138,12 +138,12 @@ def test_one_bad_file_among_many_is_named_and_the_rest_is_kept(data, parts_of_te
 
 def test_parts_that_are_made_are_not_made_again(data, parts_of_ten, monkeypatch):
     bad = data / "NMNIST" / "Test" / "9" / "10.bin"
-    good, read, seen = bad.read_bytes(), event_readers.read_once, []
+    good, read, seen = bad.read_bytes(), event_readers.read, []
     bad.write_bytes(b"\xff" * len(good))  # outside the sensor
     with pytest.raises(UserError):
         load(data)
     bad.write_bytes(good)
-    monkeypatch.setattr(event_readers, "read_once", lambda path: seen.append(path) or read.__wrapped__(path))
+    monkeypatch.setattr(event_readers, "read", lambda path: seen.append(path) or read(path))
     dataset = load(data)
     assert len(seen) == 10, "one part of five"
     np.testing.assert_array_equal(dataset.test.x[-1], expected_frames(data / "NMNIST" / "Test" / "9" / "10.bin"))
@@ -167,6 +167,18 @@ def test_a_damaged_part_is_made_anew(data, parts_of_ten):
     part.write_bytes(part.read_bytes()[:-5])
     bad.write_bytes(good)
     np.testing.assert_array_equal(load(data).test.x[0], expected_frames(data / "NMNIST" / "Test" / "0" / "2.bin"))
+
+
+def test_a_recording_written_anew_is_read_anew(tmp_path):
+    """In one program, which keeps the last recording that it read."""
+    path = tmp_path / "0.bin"
+    for x in (5, 7):
+        digits.write_recording(path, {"t": [1, 2], "x": [x, x], "y": [0, 0], "p": [1, 1]})
+        prepared, _ = event_cache.prepare(
+            *("NMNIST", {"train": [recordings.Recording(str(path), 0)]}, (34, 34), tmp_path / "cache"),
+            **{"T": 1, "split_by": "number", "normalization": None, "progress": False},
+        )
+        assert prepared["train"][0, 0, 0, x, 1] == 2
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(data, parts_of_ten, monkeypatch):

@@ -9,10 +9,12 @@ import zlib
 
 import pytest
 from damage import refused_or_read
+from flax import nnx
 
+from plif_jax import neurons
 from plif_jax.data import event_readers, image_files
 from plif_jax.errors import UserError
-from plif_jax.interop import torch_files
+from plif_jax.interop import spikingjelly, torch, torch_files
 from plif_jax.interop.inert_pickle import Name, Object
 from plif_jax.interop.rebuild import rebuild
 
@@ -129,6 +131,18 @@ def test_a_surrogate_whose_alpha_is_no_number(tmp_path):
     children = {"surrogate_function": Object(Name("a", "ATan"), {"alpha": alpha})}
     neuron = Object(Name("a", "LIFNode"), {"v_threshold": 1.0, "_modules": children})
     refused(lambda: rebuild(torch_files.Checkpoint({}, neuron)), "as alpha a tuple; a usual number is needed")
+
+
+@pytest.mark.parametrize(
+    "attributes, said",
+    [({"alpha": 2.0, "spiking": False}, "its smooth output"), ({"alpha": 4.0, "beta": 3.0}, "surrogate S2NN .* give")],
+)
+def test_a_surrogate_that_would_be_another_here(attributes, said):
+    children = {"surrogate_function": Object(Name("a", "S2NN"), attributes)}
+    neuron = Object(Name("a", "ParametricLIFNode"), {"v_threshold": 1.0, "_modules": children})
+    net = spikingjelly.MNISTNet(neurons.PLIF, channels=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=said):
+        rebuild(torch_files.Checkpoint(torch.state_dict(net), neuron))
 
 
 # Archives

@@ -199,6 +199,11 @@ def test_npz_goes_out_and_in(tmp_path):
     same(torch_files.read(tmp_path / "weights.npz").arrays, expected)
 
 
+def test_bfloat16_goes_out_as_float32(tmp_path):
+    torch_files.write(tmp_path / "x.npz", {"a": np.asarray([1.5, 2.5], jnp.bfloat16)})
+    np.testing.assert_array_equal(torch_files.read(tmp_path / "x.npz").arrays["a"], np.float32([1.5, 2.5]))
+
+
 def test_torch_itself_reads_what_is_written_and_writes_what_is_read(tmp_path):
     torch = pytest.importorskip("torch")
     expected, path = arrays_of(small()), tmp_path / "weights.pt"
@@ -418,7 +423,7 @@ def test_neurons_that_ours_are_not_are_refused(monkeypatch, tmp_path, neuron, me
 
 
 def test_weights_of_no_known_network_are_refused():
-    with pytest.raises(UserError, match="dataset_name is 'NMIST'; networks are there for MNIST"):
+    with pytest.raises(UserError, match="dataset_name is 'NMIST'; weights with these names are of NMNIST, CIFAR10DVS"):
         rebuild(torch_files.Checkpoint(arrays_of(small())), use_max_pool=True, dataset_name="NMIST")
     for names in ({"conv.0.weight": np.zeros((3, 3))}, {"conv_fc.0.weight": np.zeros((3, 2, 3, 3))}):
         with pytest.raises(UserError, match="are of none of"):

@@ -249,6 +249,48 @@ def test_currents_may_be_numpys_or_plain_numbers():
         np.testing.assert_array_equal(neurons.PLIF()(x), neurons.PLIF()(jnp.full((6, 2), 1.3)))
 
 
+def test_whole_currents_give_spikes_that_have_a_gradient():
+    def loss(neuron, x):
+        return jnp.mean((neuron(x) - 0.3) ** 2)
+
+    x = np.ones((6, 2), np.uint8)
+    bars = [nnx.grad(loss)(neurons.PLIF(), x).w[...] for x in (x, x.astype(np.float32))]
+    assert bars[0] == bars[1] != 0
+
+
+def test_any_variable_of_a_neuron_of_ones_own_gets_its_gradient():
+    class Rate(nnx.Variable):
+        pass
+
+    class Leaky(neurons.Neuron):
+        def __init__(self):
+            super().__init__()
+            self.rate = Rate(jnp.asarray(0.5))
+
+        def charge(self, v, x):
+            return v + (x - v) * self.rate[...]
+
+    x = currents(4, 3)
+    fast, plain = (
+        nnx.grad(lambda neuron, way=way: getattr(neuron, way)(None, x)[1].sum(), argnums=nnx.DiffState(0, Rate))(
+            Leaky()
+        )
+        for way in ("unroll", "unroll_by_autodiff")
+    )
+    np.testing.assert_allclose(fast.rate[...], plain.rate[...], rtol=1e-6)
+    assert fast.rate[...] != 0
+
+
+def test_w_has_a_second_derivative_where_the_first_is_zero(x64):
+    def loss(w):
+        neuron = neurons.PLIF()
+        neuron.w[...] = w
+        return (neuron.unroll_by_autodiff(None, jnp.ones((1, 1)))[0][0] - 0.5) ** 2 / 2
+
+    assert jax.grad(loss)(0.0) == 0
+    np.testing.assert_allclose(jax.grad(jax.grad(loss))(0.0), 0.0625, rtol=1e-6)
+
+
 def test_no_timestep_leaves_the_membrane_alone():
     v, spikes = neurons.LIF().unroll(jnp.full(3, 0.3), jnp.zeros((0, 3)))
     assert (v == jnp.float32(0.3)).all() and spikes.shape == (0, 3)

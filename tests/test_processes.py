@@ -133,7 +133,7 @@ def test_processes_with_other_settings_are_refused_before_they_train(settings, s
     # Who is second may only see that the first is gone.
     assert 2 in codes and 0 not in codes
     said = programs[codes.index(2)].said()
-    assert re.search(r"another process has other settings than -learning_rate 0.0[12], -max_epoch [23] here", said)
+    assert re.search(r"the processes differ: -learning_rate 0.0[12], -max_epoch [23] here", said)
     assert not first.run_dir.exists()
 
 

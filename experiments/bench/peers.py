@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,11 +32,13 @@ class Peer:
         paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         # JAX would otherwise take most of a GPU's memory before its peers start.
         settings = {"PYTHONPATH": os.pathsep.join(paths), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # A pipe that nobody reads would fill, and stop the worker.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, "-m", "bench.worker", framework, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not sys.flags.dev_mode else None,
+            stderr=None if sys.flags.dev_mode else self.errors,
             text=True,
             env=os.environ | settings | dict(environment),
         )
@@ -49,7 +52,8 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            errors = (self.process.stderr.read() if self.process.stderr else "").strip().splitlines()
+            self.errors.seek(0)
+            errors = self.errors.read().strip().splitlines()
             raise PeerError(errors[-1] if errors else f"ended with status {self.process.returncode}")
         return json.loads(line)
 

@@ -89,24 +89,43 @@ def _rates(bench, kind, names, batches, precisions, targets):
         case = f"{kind} {name} batch={batch} {precision}"
         spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision}
         matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision}
-        peers = {
-            "ours": bench.ours(spec),
-            "matmul": bench.ours(matmul),
+        ours = {"ours": bench.ours(spec), "matmul": bench.ours(matmul)}
+        theirs = {
             **bench.spikingjelly(spec | {"mode": "m"}, " multi-step"),
             **bench.spikingjelly(spec | {"mode": "s"}, " single-step"),
         }
-        seconds, facts = bench.measure(case, peers)
-        if "ours" not in seconds:
-            continue
-        per_sample = {n: [t / facts[n].get("samples", 1) for t in times] for n, times in seconds.items()}
-        share = None
-        if "matmul" in seconds:
-            reached, peak = (facts[n]["flops"] / statistics.median(seconds[n]) for n in ("ours", "matmul"))
-            share = reached / peak
-        for n in [n for n in seconds if n not in ("ours", "matmul")]:
-            target = targets(name).get(n.rsplit(" ", 1)[1]) if precision == "float32" or bench.gpu else None
-            samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
-            bench.tell(row(case, per_sample, "ours", n, target=target, rate_share=share, **samples))
+        for seconds, facts in _measured(bench, case, ours, theirs, alone=batch == "largest"):
+            if "ours" in seconds:
+                _tell_rates(bench, case, seconds, facts, targets(name) if precision == "float32" or bench.gpu else {})
+
+
+def _measured(bench, case, ours, theirs, alone):
+    """Seconds and facts of peers that run in turn: on a GPU, whose memory they share, ours beside one of theirs.
+
+    `alone` runs each by itself: it takes as much memory as there is.
+    """
+    if alone:
+        seconds, facts = {}, {}
+        for name, peer in {**ours, **theirs}.items():
+            one, its = bench.measure(case, {name: peer})
+            seconds, facts = seconds | one, facts | its
+        yield seconds, facts
+        return
+    for group in [{name: peer} for name, peer in theirs.items()] if bench.gpu else [theirs]:
+        yield bench.measure(case, {**ours, **group})
+
+
+def _tell_rates(bench, case, seconds, facts, targets):
+    """The lines of one measurement, ours against each of theirs."""
+    per_sample = {n: [t / facts[n].get("samples", 1) for t in times] for n, times in seconds.items()}
+    share = None
+    if "matmul" in seconds:
+        reached, peak = (facts[n]["flops"] / statistics.median(seconds[n]) for n in ("ours", "matmul"))
+        share = reached / peak
+    for n in [n for n in seconds if n not in ("ours", "matmul")]:
+        target = targets.get(n.rsplit(" ", 1)[1])
+        samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
+        bench.tell(row(case, per_sample, "ours", n, target=target, rate_share=share, **samples))
 
 
 def train(bench, *, names, batches, precisions):

@@ -19,7 +19,7 @@ from plif_jax.config import Config
 from plif_jax.errors import UserError
 
 RUN_NAME = re.compile(
-    r"(?:val_(?P<val_ratio>[\d.]+)_)?(?P<dataset_name>[A-Za-z0-9]+)_init_tau_(?P<init_tau>[\d.]+)"
+    r"(?:val_(?P<val_ratio>[\d.e-]+)_)?(?P<dataset_name>[A-Za-z0-9]+)_init_tau_(?P<init_tau>[\d.e+]+)"
     r"_use_plif_(?P<use_plif>True|False)_use_max_pool_(?P<use_max_pool>True|False)_T_(?P<T>\d+)"
     r"(?:_c_(?P<channels>\d+)_n_(?P<number_layer>\d+)_split_by_(?P<split_by>\w+?)_normalization_(?P<normalization>\w+?))?"
     r"_detach_reset_(?P<detach_reset>True|False)"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from plif_jax.data import storage
+
 
 @dataclass(frozen=True)
 class Split:
@@ -44,7 +46,9 @@ def folders(root: Path, telling: set[str], depth: int = 3) -> Iterator[Path]:
 
     Names are compared without case and punctuation; what lies unpacked comes before a "download" of the same.
     """
-    for child in sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ():
-        if re.sub("[^a-z0-9]", "", child.name.lower()) in telling and child.is_dir():
-            yield from folders(child, telling, depth - 1)
+    with storage.reading(root):
+        children = sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ()
+        likely = [c for c in children if re.sub("[^a-z0-9]", "", c.name.lower()) in telling and c.is_dir()]
+    for child in likely:
+        yield from folders(child, telling, depth - 1)
     yield root

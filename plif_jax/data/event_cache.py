@@ -166,6 +166,7 @@ def _is_made(job):
 def _run(jobs, done):
     """Do jobs, on all cores if they are many, and call `done` with each; stop at the first that fails."""
     if sum(os.path.getsize(path) for path in {r[0] for job in jobs for r in job["recordings"]}) < ALONE_BYTES:
+        event_readers.read_once.cache_clear()  # a file may have been written anew since an earlier preparation
         for job in jobs:
             make_part(job)
             done(job)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plif_jax.data import image_files
+from plif_jax.data import image_files, storage
 from plif_jax.data.dataset import Dataset, Split, default_cache_dir, folders
 from plif_jax.errors import UserError
 
@@ -60,7 +60,8 @@ def find(name: str, root: str | Path) -> tuple[Path | None, dict[str, Path]]:
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
     telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
     for folder in folders(root, telling):
-        files = {file: folder / file for file in image_files.official_names(name) if (folder / file).is_file()}
+        with storage.reading(folder):
+            files = {file: folder / file for file in image_files.official_names(name) if (folder / file).is_file()}
         if files:
             return folder, files
     return None, {}

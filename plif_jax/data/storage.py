@@ -26,6 +26,11 @@ def locked(path):
         except BlockingIOError:
             print(f"Another program is writing {path.with_suffix('')}: waiting for it.", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} lies where files cannot be locked ({error.strerror}): choose another folder with "
+                "-cache_dir or PLIF_JAX_CACHE."
+            ) from None
         yield
     finally:
         os.close(lock)

@@ -2,7 +2,7 @@
 
     export.save(net, "mnist.jax")
 
-and then, wherever JAX is (and flatbuffers, which `pip install "plif_jax[export]"` brings), nothing else:
+and then, wherever JAX is (and flatbuffers, which `pip install -e ".[export]"` brings), nothing else:
 
     import jax
     rates = jax.export.deserialize(open("mnist.jax", "rb").read()).call(x)
@@ -58,5 +58,5 @@ def save(net, path, batch_size=None):
     try:
         Path(path).write_bytes(exported.serialize())
     except ImportError:
-        raise UserError('writing a function needs the package flatbuffers: pip install "plif_jax[export]"') from None
+        raise UserError('writing a function needs the package flatbuffers: pip install -e ".[export]"') from None
     return exported

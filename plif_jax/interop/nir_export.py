@@ -94,10 +94,8 @@ def _neuron_to_nir(name, neuron, shape, dt):
     if neuron.v_reset is None:
         raise UserError(f"{name} has a soft reset, which NIR cannot express; its neurons reset to a fixed potential")
     if type(neuron) is neurons.PLIF:
-        # k, the charge from rest by a unit of current. Not 1 / neuron.tau: rounded twice, k would come back as another.
-        one = jnp.ones((), neuron.w[...].dtype)
-        k = float(neuron.charge(one * neuron.v_reset, one) - neuron.v_reset)
-        return _lif(shape, dt / k, neuron.v_threshold, neuron.v_reset)
+        # Not 1 / neuron.tau: rounded twice, k would come back as another.
+        return _lif(shape, dt / float(neuron.k), neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.LIF:
         return _lif(shape, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.IF:

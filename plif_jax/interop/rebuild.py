@@ -90,7 +90,11 @@ def _neuron_facts(part, name):
         if not isinstance(value, bool | int | float | None) or (type(value) is int and value.bit_length() > 63):
             raise UserError(f"the file's {name} has as {key} a {type(value).__name__}; a usual number is needed")
     if type(fire) is Object:
-        facts["surrogate"] = fire.cls.name.rpartition(".")[2], alpha
+        kind, more = fire.cls.name.rpartition(".")[2], fire.attributes
+        if more.get("spiking") is False:
+            raise UserError(f"the file's {kind} gives its smooth output in place of spikes; here it always fires")
+        other = more.keys() & {"beta", "leak", "k", "c", "n", "T_period"}  # alpha alone would not tell it
+        facts["surrogate"] = kind, None if other else alpha
     return facts
 
 
@@ -102,7 +106,7 @@ def _need(settings, name, why):
 
 def _paper(arrays, settings):
     """One of the paper authors' networks."""
-    name, widths = _paper_name(arrays)
+    found, widths = _paper_name(arrays)
     learnable = any(key.endswith("surrogate_function.alpha") for key in arrays)
     if (settings.get("v_threshold", 1.0), settings.get("v_reset", 0.0)) != (1.0, 0.0):
         raise UserError("the file's neurons have another threshold or reset than the paper's networks, 1 and 0")
@@ -110,9 +114,10 @@ def _paper(arrays, settings):
     if kind != "ATan" or (not learnable and alpha not in (2.0, None)):
         raise UserError(f"the file's surrogate is {kind} with alpha {alpha}; the paper's networks have ATan with 2")
     use_plif = any(key.endswith(".w") for key in arrays)
-    name = settings.get("dataset_name", name)
-    if name not in NETWORKS:
-        raise UserError(f"dataset_name is {name!r}; networks are there for {', '.join(NETWORKS)}")
+    name = settings.get("dataset_name", found)
+    fitting = [other for other in NETWORKS if DATASETS[other].events == DATASETS[found].events]
+    if name not in fitting:
+        raise UserError(f"dataset_name is {name!r}; weights with these names are of {', '.join(fitting)}")
     return NETWORKS[name](
         T=settings.get("T", DATASETS[name].T),
         init_tau=2.0 if use_plif else _need(settings, "init_tau", "the tau of its LIF neurons"),
@@ -155,6 +160,8 @@ def _spikingjelly(arrays, settings):
         channels, halvings = convolutions[0][0] if convolutions else 0, len(cls.stages)
         inputs = channels * (H >> halvings) * (W >> halvings)
         if len(convolutions) == sum(cls.stages) and linears[:1] == [(cls.hidden, inputs)] and convolutions[0][1] == C:
+            if not settings.get("use_max_pool", True):
+                raise UserError("the file's network pools by average; SpikingJelly's networks here pool by maximum")
             T = settings.get("T", 8)
             return cls(_spiking_neuron(arrays, settings), channels=channels, T=T, rngs=nnx.Rngs(0))
     names = ", ".join(cls.__name__ for cls in spikingjelly.NETWORKS)

@@ -83,13 +83,15 @@ def write(path, arrays):
       UserError: another suffix, `.pt` without PyTorch, or a path that cannot be written.
     """
     path = Path(path)
+    # Neither form knows NumPy's bfloat16, an extension; float32 holds it whole.
+    arrays = {name: array.astype(np.float32) if array.dtype.kind == "V" else array for name, array in arrays.items()}
     if path.suffix == ".npz":
         save = partial(np.savez, **arrays)
     elif path.suffix in (".pt", ".pth"):
         try:
             import torch
         except ImportError:
-            raise UserError(f'writing {path} needs PyTorch: pip install "plif_jax[torch]", or write a .npz') from None
+            raise UserError(f'writing {path} needs PyTorch: pip install -e ".[torch]", or write a .npz') from None
         save = partial(torch.save, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     else:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; weights are written as .npz or .pt")

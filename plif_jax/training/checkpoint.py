@@ -77,14 +77,21 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: Config, say=print):
         self.folder, self.config, self.say = folder.absolute(), config, say
+        if unfit := set("[]\\") & set(str(self.folder)):
+            # Orbax takes its paths for patterns, and would write what it cannot read.
+            raise UserError(f"checkpoints cannot lie in {self.folder}: {min(unfit)} in it; give -log_dir_prefix")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         if jax.process_index() == 0:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UserError(
                     f"another program is training in {folder}; wait for it, or give -log_dir_prefix"
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"{folder} lies where files cannot be locked ({error.strerror}); give another -log_dir_prefix"
                 ) from None
             self._set_damaged_aside()
         if jax.process_count() > 1:
@@ -107,7 +114,8 @@ class Checkpoints:
 
     def _set_damaged_aside(self):
         sound, damaged, half_removed = _examined(self.folder)
-        for path in half_removed:
+        half_written = self.folder.glob("*.orbax-checkpoint-tmp*")  # of a program that was killed
+        for path in (*half_removed, *half_written):
             shutil.rmtree(path, ignore_errors=True)
         for path, damage in damaged.items():
             aside = self.folder / f"damaged_{path.name}"

@@ -1,6 +1,5 @@
 """Several processes as one run, through JAX's own runtime."""
 
-import dataclasses
 import os
 import re
 import zlib
@@ -40,20 +39,19 @@ def join(config, say=print):
         say(f"JAX finds no other hosts of this TPU ({error}); give -coordinator, -num_processes, -process_id if it has")
 
 
-def agree(config):
-    """Refuses settings that differ between the processes, before they train apart or wait for each other.
+def agree(facts):
+    """Refuses {name: value} that differ between the processes, before they train apart or wait for each other.
 
     Raises:
-      UserError: names the settings; each process says its own values.
+      UserError: names what differs; each process says its own values.
     """
     if jax.process_count() == 1:
         return
-    ours = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
-    digests = np.array([zlib.crc32(repr(value).encode()) for value in ours.values()], np.uint32)
+    digests = np.array([zlib.crc32(repr(value).encode()) for value in facts.values()], np.uint32)
     differs = (multihost_utils.process_allgather(digests) != digests).any(0)
-    here = [f"-{name} {value}" for (name, value), other in zip(ours.items(), differs, strict=True) if other]
+    here = [f"{name} {value}" for (name, value), other in zip(facts.items(), differs, strict=True) if other]
     if here:
-        raise UserError(f"another process has other settings than {', '.join(here)} here; give all the same")
+        raise UserError(f"the processes differ: {', '.join(here)} here, another there; give all the same")
 
 
 def _given(config):

@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, evaluation, logs and checkpoints."""
 
+import dataclasses
 import itertools
 import sys
 import time
@@ -35,7 +36,8 @@ def train(config, say=print) -> dict:
     """
     state.set_precision(config)
     distributed.join(config, say)
-    distributed.agree(config)
+    settings = dataclasses.asdict(config).items()
+    distributed.agree({f"-{name}": value for name, value in settings if name not in distributed.MAY_DIFFER})
     main = jax.process_index() == 0
     say = say if main else lambda line: None
     chosen = devices.choose(config, say)
@@ -66,6 +68,8 @@ class Run:
         self.config, self.devices, self.checkpoints, self.stop, self.say = config, chosen, checkpoints, stop, say
         self.main = jax.process_index() == 0
         self.parts = batches.partition(config, dataset)
+        digests = {name: batches.digest(part) for name, part in self.parts.items()}
+        distributed.agree({f"{d['samples']} samples of {n},": f"digest {d['sha256'][:8]}" for n, d in digests.items()})
         self.steps_per_epoch = len(self.parts["train"]) // config.batch_size
         optimizer = state.adam(config, self.steps_per_epoch)
         self.graphdef, self.state = state.create(config, optimizer, chosen)
@@ -78,7 +82,7 @@ class Run:
         }
         self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None}
         self.progress |= {"seconds": 0.0, "samples_per_second": 0.0}
-        self.progress["data"] = {name: batches.digest(part) for name, part in self.parts.items()}
+        self.progress["data"] = digests
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
         restored = checkpoints.restore(self.state)
@@ -143,7 +147,9 @@ class Run:
                 sums += self._account(*pending, index_SB)
                 count += pending[1]
             taken = (count - already) * self.config.batch_size
-            self.progress |= {"sums": sums.tolist(), "samples_per_second": taken / (time.monotonic() - began)}
+            self.progress["sums"] = sums.tolist()
+            if taken:
+                self.progress["samples_per_second"] = taken / (time.monotonic() - began)
         self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)
