@@ -99,7 +99,7 @@ def _currents(x):
 
 def _floats(path, leaf):
     """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a neuron of one's own."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _scan(step, carry, xs, **kwargs):
