@@ -133,7 +133,11 @@ def page() -> str:
     theirs = published()
     parts = [(KEPT / "introduction.md").read_text().rstrip()]
     for name, (_, _, what) in ROWS.items():
-        parts.append(_section(name, what, kept[name], theirs) if name in kept else f"## {name}\n\n{what}. Not run yet.")
+        parts.append(
+            _section(name, what, kept[name], theirs)
+            if name in kept
+            else f"## {name}\n\n{what}. Not run: it takes a GPU, and none was at hand."
+        )
     return "\n\n".join(parts) + "\n"
 
 
