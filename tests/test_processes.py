@@ -171,7 +171,8 @@ def test_a_dead_peer_ends_the_other_and_the_run_continues(together, shared, tmp_
         survivor = programs[1 - victim]
         assert survivor.end(within=60) != 0
         print(f"process {1 - victim} ended {time.monotonic() - died:.0f} s after process {victim} was killed")
-    assert re.search("another task died|failed|Connection", survivor.said()), survivor.said()
+    # Of whichever part of JAX noticed first; Gloo may find that what the dead one left half sent is of another size.
+    assert re.search("another task died|failed|Connection|gloo::", survivor.said()), survivor.said()
     assert max(saved(config)) < 60
     run_together(config, shared)
     assert_same_result(config, together)
