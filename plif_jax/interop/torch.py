@@ -22,10 +22,12 @@ def _same(array):
 
 
 def conv_to_torch(kernel):
+    """HWIO to OIHW."""
     return kernel.transpose(3, 2, 0, 1)
 
 
 def conv_from_torch(weight):
+    """OIHW to HWIO."""
     return weight.transpose(2, 3, 1, 0)
 
 
@@ -37,6 +39,7 @@ def linear_to_torch(kernel, flat_shape):
 
 
 def linear_from_torch(weight, flat_shape):
+    """(out, in) to (in, out); undoes `linear_to_torch`."""
     kernel = weight.T
     if flat_shape is not None:
         H, W, C = flat_shape
