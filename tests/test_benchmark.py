@@ -5,6 +5,7 @@ import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +41,25 @@ def test_no_round_starts_after_the_limit():
 def test_ratio_cancels_a_load_that_both_felt():
     # The load came in the middle of the second round; the medians alone would say 24 / 1.
     assert ratios.ratio([3, 24, 24], [1, 1, 8]) == 3
+
+
+@pytest.mark.parametrize(
+    ("gpu", "alone", "together"),
+    [
+        (False, False, [["ours", "a", "b"]]),
+        (True, False, [["ours", "a"], ["ours", "b"]]),
+        (True, True, [["ours"], ["a"], ["b"]]),
+    ],
+)
+def test_peers_share_a_gpu_by_twos_and_no_memory_that_one_fills(gpu, alone, together):
+    asked = []
+    bench = SimpleNamespace(
+        gpu=gpu, measure=lambda case, peers: asked.append(list(peers)) or (dict(peers), dict(peers))
+    )
+    measured = list(suites._measured(bench, "case", {"ours": 0}, {"a": 1, "b": 2}, alone))
+    assert asked == together
+    assert {name for seconds, _ in measured for name in seconds} == {"ours", "a", "b"}
+    assert all("ours" in seconds for seconds, _ in measured)
 
 
 def test_a_row_names_ratio_and_target():
