@@ -60,7 +60,7 @@ def try_all(strategy, check, examples):
         max_examples=examples,
         deadline=None,
         database=None,
-        derandomize=examples == SHORT,
+        derandomize=examples <= SHORT,
         suppress_health_check=list(HealthCheck),
     )(given(strategy)(check))
     run()

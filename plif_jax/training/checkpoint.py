@@ -124,6 +124,11 @@ class Checkpoints:
             newest = sound and int(path.name) > int(sound[0].name)
             instead = f"; using that of step {sound[0].name}" if newest else ""
             self.say(f"checkpoint of step {path.name} is damaged ({damage}), it is now {aside}{instead}")
+        for found in ocp.path.step.standard_name_format().find_all(self.folder):
+            try:
+                found.commit_timestamp  # noqa: B018
+            except Exception:  # damaged, Orbax's note of the time stops it; missing, it takes the folder's
+                (found.path / "_CHECKPOINT_METADATA").unlink()
         if damaged and not sound:
             self.say(f"{self.folder} holds no other checkpoint: the training begins anew")
 
