@@ -34,8 +34,13 @@ def parser():
     flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
     flags.add_argument("-rounds", type=int, default=7, help="runs of each peer (default 7)")
     flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
+    flags.add_argument(
+        "-backends", type=_list(str), default=["torch", "cuda", "triton"], help="of SpikingJelly's neuron, on a GPU"
+    )
     flags.add_argument("-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png")
-    flags.add_argument("-neurons", type=int, default=1_605_632, help="N of neuron; default: MNIST's first layer")
+    flags.add_argument(
+        "-neurons", type=int, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
+    )
     flags.add_argument("-timesteps", type=_list(int), default=[4, 8, 16, 32], help="T of neuron and memory")
     flags.add_argument("-networks", type=_list(str), default=None, help="of train, infer, memory; all six on a GPU")
     flags.add_argument("-batch_sizes", type=_list(int), default=[16], help="numbers, or on a GPU also: largest")
@@ -68,10 +73,10 @@ def main(argv=None):
     def say(row):
         print(report.line(row), flush=True)
 
-    bench = suites.Bench(sys.executable, asked.peer_python, asked.rounds, asked.limit, gpu, say)
+    bench = suites.Bench(sys.executable, asked.peer_python, asked.rounds, asked.limit, gpu, asked.backends, say)
     rates = {"names": networks, "batches": asked.batch_sizes, "precisions": asked.precisions}
     calls = {
-        "neuron": lambda: suites.neuron(bench, Ts=asked.timesteps, N=asked.neurons),
+        "neuron": lambda: suites.neuron(bench, Ts=asked.timesteps, N=asked.neurons or 1_605_632 * (4 if gpu else 1)),
         "train": lambda: suites.train(bench, **rates),
         "infer": lambda: suites.infer(bench, **rates),
         "frames": lambda: suites.frames(bench, recordings=RECORDINGS),
@@ -84,10 +89,12 @@ def main(argv=None):
         ),
         "memory": lambda: suites.memory(bench, names=networks, Ts=asked.timesteps),
     }
-    for suite in SUITES if asked.suite == "all" else [asked.suite]:
-        calls[suite]()
-    report.write(asked.out, here, bench.rows, bench.peers)
-    print(f"wrote {asked.out}/benchmark.json and benchmark.png")
+    try:
+        for suite in SUITES if asked.suite == "all" else [asked.suite]:
+            calls[suite]()
+    finally:  # Ctrl-C keeps what was measured
+        report.write(asked.out, here, bench.rows, bench.peers)
+        print(f"wrote {asked.out}/benchmark.json and benchmark.png")
     return bench.rows
 
 

@@ -81,7 +81,8 @@ def run(name, more, logs, deadline):
     if other:
         raise UserError(f"-{other[0]} would make another run than the row {name}; that is for train.py")
     data.load(settings)  # a data set that is not there should cost no device time
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, ROOT / "experiments" / script, *flags]
     # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
     program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)

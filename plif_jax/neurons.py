@@ -10,7 +10,9 @@ Every neuron does three things per timestep (Fang et al., 2021, Sec. 3):
 A neuron of your own is a subclass with a `charge` of its own; it gets the fast gradient below for free.
 """
 
+import contextlib
 import math
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import surrogate as surrogates
 from plif_jax.errors import UserError
@@ -74,12 +77,14 @@ class Neuron(nnx.Module):
         """
         x = _currents(x)
         rest = self.rest(x)
-        if v is None:
+        if v is not None:
+            if jnp.shape(v) != rest.shape:
+                raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
+            v = jnp.asarray(v, rest.dtype)
+        elif type(self).rest is not Neuron.rest:
             v = rest
-        elif jnp.shape(v) != rest.shape:
-            raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
         graphdef, params, other = nnx.split(self, _floats, ...)
-        return _run(graphdef, params, other, jnp.asarray(v, rest.dtype), x)
+        return _run(graphdef, _kernels(), params, other, v, x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
@@ -107,43 +112,97 @@ def _scan(step, carry, xs, **kwargs):
     return lax.scan(step, carry, xs, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
 
 
+_scanning = ContextVar("scanning", default=False)
+
+
+@contextlib.contextmanager
+def scanned():
+    """Within it sequences are scanned on a GPU too: for programs that are to run elsewhere, and for comparison."""
+    token = _scanning.set(True)
+    try:
+        yield
+    finally:
+        _scanning.reset(token)
+
+
+def _kernels():
+    """The module of a GPU's kernels; None without a GPU, or once JAX has dropped Pallas' Triton."""
+    if _scanning.get() or jax.default_backend() != "gpu":
+        return None
+    try:
+        from plif_jax import neuron_kernel
+    except ImportError:
+        return None
+    return neuron_kernel
+
+
 # Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
-@partial(jax.jit, static_argnums=0)
-def _run(graphdef, params, other, v, x):
-    return _sequence(graphdef, params, other, v, x)
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(graphdef, kernels, params, other, v, x):
+    return _sequence(graphdef, kernels, params, other, v, x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sequence(graphdef, params, other, v, x):
-    return _scan(nnx.merge(graphdef, params, other).step, v, x)
+def _step(graphdef, other):
+    return lambda params, v, x: nnx.merge(graphdef, params, other).step(v, x)
 
 
-def _sequence_forward(graphdef, params, other, v, x):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sequence(graphdef, kernels, params, other, v, x):
+    """The membranes after currents x [T, ...], and the spikes; v is None at rest."""
+    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
+
+    def scan(params, v, x):
+        return _scan(partial(step, params), net.rest(x) if v is None else v, x)
+
+    def kernel(params, v, x):
+        v = net.v_reset or 0.0 if v is None else v
+        return kernels.last(step, params, v, x), kernels.spikes(step, params, v, x)
+
+    if kernels is None or not kernels.fits(step, params, x):
+        return scan(params, v, x)
+    return lax.platform_dependent(params, v, x, cuda=kernel, default=scan)
+
+
+def _sequence_forward(graphdef, kernels, *primals):
+    params, other, v, x = jax.tree.map(lambda primal: primal.value, primals)
     # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
-    return _sequence(graphdef, params, other, v, x), (params, other, v, x)
+    return _sequence(graphdef, kernels, params, other, v, x), (params, other, v, x)
 
 
-def _sequence_backward(graphdef, residuals, cotangents):
+def _sequence_backward(graphdef, kernels, residuals, cotangents):
     params, other, v, x = residuals
-    v_bar, s_bar = cotangents
+    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
+    v_bar, s_bar = (None if isinstance(bar, SymbolicZero) else bar for bar in cotangents)
+    s_bar = jnp.zeros_like(x) if s_bar is None else s_bar
 
-    def step(params, v, x):
-        return nnx.merge(graphdef, params, other).step(v, x)
+    def scan(params, v, x, v_bar, s_bar):
+        begin = net.rest(x) if v is None else v
+        v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
+        _, v_before = _scan(lambda v, x: (step(params, v, x)[0], v), begin, x)
 
-    _, v_before = _scan(lambda v, x: (step(params, v, x)[0], v), v, x)
+        def backward_step(carry, inputs):
+            v_bar, params_bar = carry
+            v, x, s_bar = inputs
+            step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
+            return (v_bar, jax.tree.map(jnp.add, params_bar, step_params_bar)), x_bar
 
-    def backward_step(carry, inputs):
-        v_bar, params_bar = carry
-        v, x, s_bar = inputs
-        step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
-        return (v_bar, jax.tree.map(jnp.add, params_bar, step_params_bar)), x_bar
+        carry = (v_bar, jax.tree.map(jnp.zeros_like, params))
+        (v_bar, params_bar), x_bar = _scan(backward_step, carry, (v_before, x, s_bar), reverse=True)
+        return params_bar, None if v is None else v_bar, x_bar
 
-    carry = (v_bar, jax.tree.map(jnp.zeros_like, params))
-    (v_bar, params_bar), x_bar = _scan(backward_step, carry, (v_before, x, s_bar), reverse=True)
+    def kernel(params, v, x, v_bar, s_bar):
+        return kernels.gradient(step, params, net.v_reset or 0.0 if v is None else v, x, v_bar, s_bar)
+
+    arguments = (params, v, x, v_bar, s_bar)
+    if kernels is None or not kernels.fits(step, params, x):
+        params_bar, v_bar, x_bar = scan(*arguments)
+    else:
+        params_bar, v_bar, x_bar = lax.platform_dependent(*arguments, cuda=kernel, default=scan)
     return params_bar, None, v_bar, x_bar
 
 
-_sequence.defvjp(_sequence_forward, _sequence_backward)
+# With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
+_sequence.defvjp(_sequence_forward, _sequence_backward, symbolic_zeros=True)
 
 
 class IF(Neuron):

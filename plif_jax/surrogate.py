@@ -28,9 +28,14 @@ def _backward(graphdef, residuals, g):
     params, x = residuals
     surrogate = nnx.merge(graphdef, params)
     x_bar = (g * surrogate.derivative(x)).astype(x.dtype)
+
+    def alpha_bar(alpha):
+        of_each = g * surrogate.alpha_derivative(x)
+        # One alpha for all; in a GPU's kernel one for each x.
+        return (of_each if alpha.shape else of_each.sum()).astype(alpha.dtype)
+
     # `params` holds alpha where it is learned, and nothing else.
-    params_bar = jax.tree.map(lambda alpha: jnp.sum(g * surrogate.alpha_derivative(x)).astype(alpha.dtype), params)
-    return params_bar, x_bar
+    return jax.tree.map(alpha_bar, params), x_bar
 
 
 _spike.defvjp(_forward, _backward)

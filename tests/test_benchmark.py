@@ -1,5 +1,6 @@
 """The benchmark: its arithmetic, and its processes in miniature; SpikingJelly only where it is installed."""
 
+import contextlib
 import json
 import math
 import sys
@@ -53,9 +54,13 @@ def test_ratio_cancels_a_load_that_both_felt():
 )
 def test_peers_share_a_gpu_by_twos_and_no_memory_that_one_fills(gpu, alone, together):
     asked = []
-    bench = SimpleNamespace(
-        gpu=gpu, measure=lambda case, peers: asked.append(list(peers)) or (dict(peers), dict(peers))
-    )
+
+    def in_turn(case, peers):
+        asked.append(list(peers))
+        return dict(peers), dict(peers)
+
+    started = contextlib.contextmanager(lambda case, peers: iter([peers]))
+    bench = SimpleNamespace(gpu=gpu, started=started, in_turn=in_turn, measure=in_turn)
     measured = list(suites._measured(bench, "case", {"ours": 0}, {"a": 1, "b": 2}, alone))
     assert asked == together
     assert {name for seconds, _ in measured for name in seconds} == {"ours", "a", "b"}
@@ -89,7 +94,7 @@ def test_multiply_adds(name, counted_by_hand):
 
 def test_a_peer_that_cannot_be_built_says_why():
     with pytest.raises(PeerError, match="KeyError: 'nothing'"):
-        Peer(sys.executable, "jax_work", {"kind": "nothing"})
+        Peer(sys.executable, "jax_work", {"kind": "nothing"}).ready()
 
 
 def _run(tmp_path, *argv):

@@ -48,6 +48,11 @@ def _facts(**facts):
     }
 
 
+def _calls(spec, call):
+    """As many calls as a run is told to make, waiting for all of them."""
+    return lambda: jax.block_until_ready([call() for _ in range(spec["calls"])][-1])
+
+
 def _currents(spec):
     keys = jax.random.split(jax.random.key(0))
     x, g = (jax.random.normal(key, (spec["T"], spec["N"])) for key in keys)
@@ -63,14 +68,14 @@ def _neuron(spec):
         spikes, backward = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
         return spikes, backward(g)
 
-    return lambda: jax.block_until_ready(forward_backward(params, x, g)), _facts()
+    return _calls(spec, lambda: forward_backward(params, x, g)), _facts()
 
 
 def _copy(spec):
     """The bytes that a neuron must move: x read, spikes written; x and gradient read, gradient written."""
     x, g = _currents(spec)
     copy = jax.jit(lambda x, g: (x + 1, x + g))
-    return lambda: jax.block_until_ready(copy(x, g)), _facts(bytes=5 * x.nbytes)
+    return _calls(spec, lambda: copy(x, g)), _facts(bytes=5 * x.nbytes)
 
 
 def _matmul(spec):
@@ -78,7 +83,7 @@ def _matmul(spec):
     n = spec["size"]
     a, b = (jax.random.normal(key, (n, n), DTYPES[spec["precision"]]) for key in jax.random.split(jax.random.key(0)))
     matmul = jax.jit(lambda a, b: a @ b)
-    return lambda: matmul(a, b).block_until_ready(), _facts(flops=2 * n**3)
+    return _calls(spec, lambda: matmul(a, b)), _facts(flops=spec["calls"] * 2 * n**3)
 
 
 def _config(spec, batch, **settings):
@@ -101,7 +106,7 @@ def _train(spec):
     def make(batch):
         config = _config(spec, batch)
         devices = jax.local_devices()[:1]
-        K = 1 if devices[0].platform == "cpu" else 8
+        K = spec["calls"]
         optimizer = state.adam(config, 1000)
         graphdef, now = state.create(config, optimizer, devices)
         train_steps = step.make_train(config, graphdef, optimizer, devices, None)
@@ -114,11 +119,11 @@ def _train(spec):
             now, metrics = train_steps(now, x, y, index, asked)
             jax.block_until_ready((now, metrics))
 
-        return run, K
+        return run
 
-    (run, K), batch = _fitting(make, spec["batch"])
+    run, batch = _fitting(make, spec["batch"])
     flops = 6 * multiply_adds(spec["network"]) * batch  # forward, and twice that for the two gradients
-    return run, _facts(samples=K * batch, flops=K * flops)
+    return run, _facts(samples=spec["calls"] * batch, flops=spec["calls"] * flops)
 
 
 def _infer(spec):
@@ -129,10 +134,11 @@ def _infer(spec):
         graphdef, weights = nnx.split(net)
         forward = jax.jit(lambda weights, x: nnx.merge(graphdef, weights)(x))
         x = step.frames_for(config, jnp.asarray(_samples(config, batch)[0]))
-        return lambda: forward(weights, x).block_until_ready(), 1
+        return _calls(spec, lambda: forward(weights, x))
 
-    (run, _), batch = _fitting(make, spec["batch"])
-    return run, _facts(samples=batch, flops=2 * multiply_adds(spec["network"]) * batch)
+    run, batch = _fitting(make, spec["batch"])
+    samples = spec["calls"] * batch
+    return run, _facts(samples=samples, flops=2 * multiply_adds(spec["network"]) * samples)
 
 
 def _fitting(make, batch):
@@ -142,7 +148,7 @@ def _fitting(make, batch):
     batch = 16
     while True:
         try:
-            make(2 * batch)[0]()
+            make(2 * batch)()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -151,12 +157,9 @@ def _fitting(make, batch):
 
 
 def _memory(spec):
-    """Peak memory of a training step: on a CPU what the compiled step's buffers take, all of them planned ahead."""
+    """Peak memory of a training step: what the compiled step's buffers take, all of them planned ahead."""
     config = _config(spec, spec["batch"])
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        run, _ = _train(spec)
-        return run, lambda: _facts(peak_bytes=device.memory_stats()["peak_bytes_in_use"])
     optimizer = state.adam(config, 1000)
     graphdef, now = state.create(config, optimizer, [device])
     x, y = _samples(config, spec["batch"])

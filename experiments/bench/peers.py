@@ -4,6 +4,7 @@ A worker builds its work, warms up, says "ready", and then does one run for each
 interpreter, thread pool or allocator, and A B A B ... lets what else the machine does fall on all of them alike.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ class PeerError(RuntimeError):
 
 
 class Peer:
-    """A worker process that runs one piece of work on demand.
+    """A worker process that runs one piece of work on demand; it starts at once, `ready` waits for it.
 
     Args:
       python: its interpreter.
@@ -42,11 +43,11 @@ class Peer:
             text=True,
             env=os.environ | settings | dict(environment),
         )
-        try:
-            self.facts = self._answer()
-        except PeerError:
-            self.close()
-            raise
+
+    def ready(self):
+        """Waits until the work is built and warm; its facts."""
+        self.facts = self._answer()
+        return self.facts
 
     def _answer(self):
         line = self.process.stdout.readline()
@@ -65,7 +66,8 @@ class Peer:
 
     def close(self):
         """Ends the process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:

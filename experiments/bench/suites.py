@@ -8,9 +8,6 @@ from bench.peers import Peer, PeerError, in_turn
 from bench.ratios import Target, missing, row
 from plif_jax.catalog import DATASETS
 
-# (environment of a GPU peer by name); on a CPU SpikingJelly has one implementation.
-GPU_BACKENDS = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in ("torch", "cuda", "triton")}
-
 # So many events make one run of frames: a short recording is integrated over and over.
 FRAMES_EVENTS = 2_000_000
 
@@ -24,35 +21,51 @@ class Bench:
     rounds: int
     limit: float
     gpu: bool
+    backends: list[str]  # implementations of SpikingJelly's neuron on a GPU
     say: callable
 
     def __post_init__(self):
         self.rows, self.peers = [], {}
+        # On a GPU a run is several calls, waited for together: starting one costs as much as a small one takes.
+        self.calls = 8 if self.gpu else 1
 
     def spikingjelly(self, spec, label=""):
         """SpikingJelly's peers for a spec: one on a CPU, one for each implementation of its neuron on a GPU."""
-        backends = GPU_BACKENDS if self.gpu else {"SpikingJelly": {}}
+        backends = {"SpikingJelly": {}}
+        if self.gpu:
+            backends = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in self.backends}
         return {name + label: (self.peer_python, "torch_work", spec, env) for name, env in backends.items()}
 
     def ours(self, spec):
         """A peer of our own interpreter."""
         return self.python, "jax_work", spec, {}
 
-    def measure(self, case, wanted):
-        """Seconds and facts of the peers that run; one that cannot becomes a line that says why."""
+    @contextlib.contextmanager
+    def started(self, case, wanted):
+        """The peers that run, {name: peer}; one that cannot becomes a line that says why."""
         with contextlib.ExitStack() as stack:
+            starting = {name: stack.enter_context(contextlib.closing(Peer(*peer))) for name, peer in wanted.items()}
             running = {}
-            for name, arguments in wanted.items():
+            for name, peer in starting.items():
                 try:
-                    running[name] = stack.enter_context(contextlib.closing(Peer(*arguments)))
+                    self.peers[f"{case}: {name}"] = peer.ready()
+                    running[name] = peer
                 except PeerError as error:
                     self.tell(missing(case, name, str(error)))
-            self.peers |= {f"{case}: {name}": peer.facts for name, peer in running.items()}
-            try:
-                return in_turn(running, self.rounds, self.limit), {name: p.facts for name, p in running.items()}
-            except PeerError as error:
-                self.tell(missing(case, "all", str(error)))
-                return {}, {}
+            yield running
+
+    def in_turn(self, case, running):
+        """Seconds and facts of running peers."""
+        try:
+            return in_turn(running, self.rounds, self.limit), {name: peer.facts for name, peer in running.items()}
+        except PeerError as error:
+            self.tell(missing(case, "all", str(error)))
+            return {}, {}
+
+    def measure(self, case, wanted):
+        """Seconds and facts of peers started together."""
+        with self.started(case, wanted) as running:
+            return self.in_turn(case, running)
 
     def tell(self, line):
         """Keeps a line of the table and says it."""
@@ -64,16 +77,17 @@ def neuron(bench, *, Ts, N):
     """PLIF forward and backward over [T, N], against SpikingJelly and against a copy of the bytes it must move."""
     for T in Ts:
         case = f"neuron T={T} N={N}"
-        spec = {"kind": "neuron", "T": T, "N": N}
+        spec = {"kind": "neuron", "T": T, "N": N, "calls": bench.calls}
         peers = {"ours": bench.ours(spec), "copy": bench.ours(spec | {"kind": "copy"}), **bench.spikingjelly(spec)}
         seconds, facts = bench.measure(case, peers)
-        for name in seconds.keys() - {"ours"} if "ours" in seconds else ():
+        seconds = {name: [t / bench.calls for t in times] for name, times in seconds.items()}
+        for name in [name for name in seconds if name != "ours"] if "ours" in seconds else ():
             if name == "copy":
                 target = Target(1.25 if bench.gpu else 2.5, at_most=True)
                 bandwidth = facts["copy"]["bytes"] / statistics.median(seconds["copy"])
                 bench.tell(row(case, seconds, "ours", name, slower=False, target=target, bytes_per_s=bandwidth))
             else:
-                bench.tell(row(case, seconds, "ours", name, target=Target(3.0)))
+                bench.tell(row(case, seconds, "ours", name, target=None if bench.gpu else Target(3.0)))
 
 
 def network(name):
@@ -87,8 +101,8 @@ def _rates(bench, kind, names, batches, precisions, targets):
     """Samples per second of networks, against SpikingJelly's two ways, and the share of the matrix rate reached."""
     for name, batch, precision in ((n, b, p) for n in names for b in batches for p in precisions):
         case = f"{kind} {name} batch={batch} {precision}"
-        spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision}
-        matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision}
+        spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision, "calls": bench.calls}
+        matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision, "calls": bench.calls}
         ours = {"ours": bench.ours(spec), "matmul": bench.ours(matmul)}
         theirs = {
             **bench.spikingjelly(spec | {"mode": "m"}, " multi-step"),
@@ -111,8 +125,13 @@ def _measured(bench, case, ours, theirs, alone):
             seconds, facts = seconds | one, facts | its
         yield seconds, facts
         return
-    for group in [{name: peer} for name, peer in theirs.items()] if bench.gpu else [theirs]:
-        yield bench.measure(case, {**ours, **group})
+    if not bench.gpu:
+        yield bench.measure(case, {**ours, **theirs})
+        return
+    with bench.started(case, ours) as running:
+        for name, peer in theirs.items():
+            with bench.started(case, {name: peer}) as one:
+                yield bench.in_turn(case, running | one)
 
 
 def _tell_rates(bench, case, seconds, facts, targets):
@@ -165,7 +184,7 @@ def pipeline(bench, *, name, data_root, train_samples, test_samples):
     """An epoch as a user runs it, over its bare steps and evaluations: batches, logs and checkpoints are the rest."""
     case = f"pipeline {name} {train_samples}+{test_samples}"
     spec = {"kind": "epoch", "network": network(name), "precision": "float32", "data_root": data_root}
-    spec |= {"train_samples": train_samples, "test_samples": test_samples, "warmup": 1}
+    spec |= {"train_samples": train_samples, "test_samples": test_samples, "warmup": 1, "calls": 1}
     peers = {"as run": bench.ours(spec | {"bare": False}), "bare steps": bench.ours(spec | {"bare": True})}
     seconds, _ = bench.measure(case, peers)
     if len(seconds) == 2:
@@ -177,7 +196,7 @@ def memory(bench, *, names, Ts):
     """Peak memory of a training step against SpikingJelly's, and how both grow with T."""
     for name, T in ((n, T) for n in names for T in Ts):
         case = f"memory {name} T={T} batch=16"
-        spec = {"kind": "memory", "network": network(name) | {"T": T}, "batch": 16, "precision": "float32"}
+        spec = {"kind": "memory", "network": network(name) | {"T": T}, "batch": 16, "precision": "float32", "calls": 1}
         backend = bench.spikingjelly(spec | {"mode": "m"}, " multi-step")
         found = {}
         for who, arguments in {"ours": bench.ours(spec), **dict(list(backend.items())[:1])}.items():

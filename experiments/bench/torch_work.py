@@ -26,9 +26,16 @@ def build(spec):
     ](spec)
 
 
-def _wait():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+def _calls(spec, call):
+    """As many calls as a run is told to make, waiting for all of them."""
+
+    def run():
+        for _ in range(spec["calls"]):
+            call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def _facts(**facts):
@@ -48,13 +55,12 @@ def _neuron(spec):
     g = torch.randn(shape).to(DEVICE)
     plif = _plif("m").to(DEVICE)
 
-    def run():
+    def call():
         functional.reset_net(plif)
         x.grad = plif.w.grad = None
         plif(x).backward(g)
-        _wait()
 
-    return run, _facts()
+    return _calls(spec, call), _facts()
 
 
 class Network(nn.Module):
@@ -113,36 +119,34 @@ def _step(spec, batch):
     if spec["kind"] == "infer":
         net.eval()
 
-        def run():
+        def forward():
             with torch.no_grad(), autocast:
                 net(x)
-            _wait()
 
-        return run
+        return _calls(spec, forward)
     # "fused" updates all parameters in one kernel: the fastest Adam that PyTorch has.
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
 
-    def run():
+    def step():
         optimizer.zero_grad(set_to_none=True)
         with autocast:
             loss = nn.functional.mse_loss(net(x).float(), target)
         loss.backward()
         optimizer.step()
-        _wait()
 
-    return run
+    return _calls(spec, step)
 
 
 def _network(spec):
     if spec["batch"] != "largest":
-        return _step(spec, spec["batch"]), _facts(samples=spec["batch"])
+        return _step(spec, spec["batch"]), _facts(samples=spec["calls"] * spec["batch"])
     batch = 16
     while True:
         try:
             _step(spec, 2 * batch)()
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return _step(spec, batch), _facts(samples=batch)
+            return _step(spec, batch), _facts(samples=spec["calls"] * batch)
         batch *= 2
 
 

@@ -1,0 +1,200 @@
+"""A neuron's sequence as one GPU kernel forward and one backward: membranes stay in registers.
+
+Each current is read once, each spike or gradient written once; XLA alone makes a kernel for every timestep and carries
+the membranes through memory. A step fits that is elementwise arithmetic with scalar parameters, as the steps of all
+neurons here are, whatever their `charge` and surrogate. A kernel has each parameter once per neuron, so that its
+gradient too is elementwise, and summed at the end.
+
+A step is (params, v, x) -> (v, s). A membrane is an array [...], or one number where all are alike.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Literal
+
+# Threads of a block, and how many numbers of one array each may hold: more would not stay in its registers.
+THREADS, HELD = 128, 32
+
+# Within a block, that is: under `pmap` gradients are placed as what they belong to.
+IDENTITIES = {"copy", "copy_p", "stop_gradient", "reshard", "pvary", "pcast"}
+ARITHMETIC = IDENTITIES | {
+    *("add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "square", "sqrt", "rsqrt"),
+    *("integer_pow", "pow", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "is_finite"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n"),
+    *("convert_element_type", "broadcast_in_dim"),
+}
+
+
+def fits(step, params, x):
+    """Whether a step can run as a kernel on currents x [T, ...]."""
+    if not 0 < len(x) <= HELD or not 0 < x.size < 2**31 or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    if any(leaf.shape or leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+        return False
+    traced = (_step(step, params, x), _gradient(step, params, x))
+    return all(not jaxpr.consts and _primitives(jaxpr.jaxpr) <= ARITHMETIC for jaxpr in traced)
+
+
+def spikes(step, params, v, x):
+    """s [T, ...] in answer to currents x [T, ...] from the membranes v."""
+    forward, T = _step(step, params, x), len(x)
+
+    def kernel(params, v, x, s):
+        for t, current in enumerate(_loaded(x, T)):
+            v, s[t] = _evaluate(forward, *params, v, current)
+
+    (s,), _ = _call(kernel, params, v, [x], [(T, x.dtype)])
+    return s.reshape(x.shape)
+
+
+def last(step, params, v, x):
+    """The membranes [...] after the last of the currents x [T, ...]."""
+    forward, T = _step(step, params, x), len(x)
+
+    def kernel(params, v, x, after):
+        for current in _loaded(x, T):
+            v, _ = _evaluate(forward, *params, v, current)
+        after[0] = v
+
+    (v,), _ = _call(kernel, params, v, [x], [(1, jnp.float32)])
+    return v.reshape(x.shape[1:])
+
+
+def gradient(step, params, v, x, v_bar, s_bar):
+    """(params_bar, v_bar, x_bar) of a sequence, from the gradients of its last membranes, None for 0, and its spikes.
+
+    v_bar of membranes that are a number is None.
+    """
+    forward, backward, T = _step(step, params, x), _gradient(step, params, x), len(x)
+
+    def kernel(params, v, x, s_bar, *others):
+        *v_bar, x_bar, before_bar = others if jnp.ndim(whole_v) else (*others, None)
+        currents, bars, before = _loaded(x, T), _loaded(s_bar, T), []
+        for current in currents:
+            before.append(v)
+            v, _ = _evaluate(forward, *params, v, current)
+        bar = v_bar[0][0] if v_bar else jnp.zeros_like(v)
+        totals = [jnp.zeros_like(v) for _ in params]
+        for t in reversed(range(T)):
+            *terms, bar, x_bar[t] = _evaluate(backward, *params, before[t], currents[t], bar, bars[t])
+            totals = [total + term for total, term in zip(totals, terms, strict=True)]
+        if before_bar is not None:
+            before_bar[0] = bar
+        return [total.sum() for total in totals]
+
+    whole_v = v
+    arrays = [x, s_bar] + ([] if v_bar is None else [v_bar])
+    results = [(T, x.dtype)] + [(1, jnp.float32)] * (jnp.ndim(v) > 0)
+    (x_bar, *v_bar), sums = _call(kernel, params, v, arrays, results, sums=len(jax.tree.leaves(params)))
+    params_bar = jax.tree.unflatten(jax.tree.structure(params), sums)
+    return params_bar, v_bar[0].reshape(x.shape[1:]) if v_bar else None, x_bar.reshape(x.shape)
+
+
+def _loaded(rows, T):
+    """All rows of a block, asked for together: a store between two loads would keep the second one waiting."""
+    return [rows[t] for t in range(T)]
+
+
+class _Rows:
+    """What a block of neurons sees of an array [rows, N], which lies in memory as one row."""
+
+    def __init__(self, ref, N, block):
+        self.ref, self.N, self.block = ref, N, block
+        self.first = pl.program_id(0) * block
+        self.inside = self.first + jnp.arange(block) < N
+
+    def _mine(self, row):
+        return self.ref.at[pl.ds(row * self.N + self.first, self.block)]
+
+    def __getitem__(self, row):
+        return plgpu.load(self._mine(row), mask=self.inside, other=0)
+
+    def __setitem__(self, row, values):
+        plgpu.store(self._mine(row), values.astype(self.ref.dtype), mask=self.inside)
+
+
+def _call(kernel, params, v, arrays, results, sums=0):
+    """Runs a kernel on blocks of neurons: its results, (rows, dtype) each, and the `sums` numbers that it returns.
+
+    A kernel takes the parameters' values, a block's membranes, and its `_Rows` of the arrays and of the results.
+    """
+    scalars, x = jax.tree.leaves(params), arrays[0]
+    N, block = x[0].size, _block(x)
+    blocks = pl.cdiv(N, block)
+    # A number for all membranes is part of the program: nothing is read for it.
+    arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]
+
+    def on_block(*refs):
+        values = [jnp.full(block, ref[0]) for ref in refs[: len(scalars)]]
+        partial_sums = refs[len(refs) - sums :]
+        rows = [_Rows(ref, N, block) for ref in refs[len(scalars) : len(refs) - sums]]
+        membranes = rows.pop(0)[0] if jnp.ndim(v) else jnp.full(block, v, jnp.float32)
+        for ref, total in zip(partial_sums, kernel(values, membranes, *rows) or (), strict=True):
+            ref[pl.program_id(0)] = total
+
+    shapes = [jax.ShapeDtypeStruct((count * N,), dtype) for count, dtype in results]
+    shapes += [jax.ShapeDtypeStruct((blocks,), jnp.float32)] * sums
+    call = pl.pallas_call(
+        on_block, shapes, grid=(blocks,), compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32)
+    )
+    found = call(*[scalar.reshape(1) for scalar in scalars], *arrays)
+    return found[: len(results)], [partial_sum.sum() for partial_sum in found[len(results) :]]
+
+
+def _step(step, params, x):
+    """The jaxpr of a step on a block of neurons."""
+    return jax.make_jaxpr(step)(*_blocks(params, x))
+
+
+def _gradient(step, params, x):
+    """The jaxpr of its gradient: (params, v, x, v_bar, s_bar) -> (params_bar, v_bar, x_bar)."""
+
+    def gradient(params, v, x, v_bar, s_bar):
+        return jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
+
+    params, v, x = _blocks(params, x)
+    return jax.make_jaxpr(gradient)(params, v, x, v, x)
+
+
+def _blocks(params, x):
+    """What the parameters, v and x [T, ...] are to a block."""
+    n = (_block(x),)
+    v, x = jax.ShapeDtypeStruct(n, jnp.float32), jax.ShapeDtypeStruct(n, x.dtype)
+    return jax.tree.map(lambda _: v, params), v, x
+
+
+def _block(x):
+    """Neurons in a block: a power of two for each thread."""
+    return THREADS << min(2, (HELD // len(x)).bit_length() - 1)
+
+
+def _primitives(jaxpr):
+    """The names of a jaxpr's primitives, those inside its calls included."""
+    names = set()
+    for eqn in jaxpr.eqns:
+        inner = _inner(eqn)
+        names |= {eqn.primitive.name} if inner is None else _primitives(inner.jaxpr)
+    return names
+
+
+def _inner(eqn):
+    """The jaxpr that an equation calls: of a function with a gradient of its own, say; or None."""
+    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+
+
+def _evaluate(closed, *args):
+    """Binds a jaxpr's primitives anew, those inside its calls too: Triton's lowering knows no custom gradients."""
+    values = dict(zip(closed.jaxpr.invars, args, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        given = [var.val if isinstance(var, Literal) else values[var] for var in eqn.invars]
+        if (inner := _inner(eqn)) is not None:
+            results = _evaluate(inner, *given)
+        elif eqn.primitive.name in IDENTITIES:
+            results = given
+        else:
+            results = eqn.primitive.bind(*given, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+        values |= zip(eqn.outvars, results, strict=True)
+    return [var.val if isinstance(var, Literal) else values[var] for var in closed.jaxpr.outvars]
