@@ -18,8 +18,8 @@ from jax.extend.core import Literal
 THREADS, HELD = 128, 32
 
 # Within a block, that is: under `pmap` gradients are placed as what they belong to.
-IDENTITIES = {"copy", "copy_p", "stop_gradient", "reshard", "pvary", "pcast"}
-ARITHMETIC = IDENTITIES | {
+IDENTITIES = {"copy", "copy_p", "stop_gradient", "reshape", "reshard", "pvary", "pcast"}
+ARITHMETIC = {
     *("add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "square", "sqrt", "rsqrt"),
     *("integer_pow", "pow", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "is_finite"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n"),
@@ -34,7 +34,7 @@ def fits(step, params, x):
     if any(leaf.shape or leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         return False
     traced = (_step(step, params, x), _gradient(step, params, x))
-    return all(not jaxpr.consts and _primitives(jaxpr.jaxpr) <= ARITHMETIC for jaxpr in traced)
+    return all(not jaxpr.consts and _elementwise(jaxpr.jaxpr) for jaxpr in traced)
 
 
 def spikes(step, params, v, x):
@@ -103,7 +103,7 @@ class _Rows:
     def __init__(self, ref, N, block):
         self.ref, self.N, self.block = ref, N, block
         self.first = pl.program_id(0) * block
-        self.inside = self.first + jnp.arange(block) < N
+        self.inside = self.first + jnp.arange(block, dtype=jnp.int32) < N
 
     def _mine(self, row):
         return self.ref.at[pl.ds(row * self.N + self.first, self.block)]
@@ -170,13 +170,17 @@ def _block(x):
     return THREADS << min(2, (HELD // len(x)).bit_length() - 1)
 
 
-def _primitives(jaxpr):
-    """The names of a jaxpr's primitives, those inside its calls included."""
-    names = set()
-    for eqn in jaxpr.eqns:
-        inner = _inner(eqn)
-        names |= {eqn.primitive.name} if inner is None else _primitives(inner.jaxpr)
-    return names
+def _elementwise(jaxpr):
+    """Whether a jaxpr computes each neuron's numbers from that neuron's alone, those inside its calls included."""
+
+    def fitting(eqn):
+        if (inner := _inner(eqn)) is not None:
+            return _elementwise(inner.jaxpr)
+        if eqn.primitive.name in IDENTITIES:
+            return len({var.aval.shape for var in (*eqn.invars, *eqn.outvars)}) == 1
+        return eqn.primitive.name in ARITHMETIC
+
+    return all(map(fitting, jaxpr.eqns))
 
 
 def _inner(eqn):

@@ -193,12 +193,25 @@ def _sequence_backward(graphdef, kernels, residuals, cotangents):
     def kernel(params, v, x, v_bar, s_bar):
         return kernels.gradient(step, params, net.v_reset or 0.0 if v is None else v, x, v_bar, s_bar)
 
-    arguments = (params, v, x, v_bar, s_bar)
-    if kernels is None or not kernels.fits(step, params, x):
-        params_bar, v_bar, x_bar = scan(*arguments)
-    else:
-        params_bar, v_bar, x_bar = lax.platform_dependent(*arguments, cuda=kernel, default=scan)
+    compute = scan
+    if kernels is not None and kernels.fits(step, params, x):
+        compute = _kernel_once(kernel, scan)
+    params_bar, v_bar, x_bar = compute(params, v, x, v_bar, s_bar)
     return params_bar, None, v_bar, x_bar
+
+
+def _kernel_once(kernel, scan):
+    """On NVIDIA GPUs a kernel, which JAX cannot differentiate, with the derivative of the scan that it equals."""
+
+    @jax.custom_jvp
+    def compute(*arguments):
+        return lax.platform_dependent(*arguments, cuda=kernel, default=scan)
+
+    @compute.defjvp
+    def derivative(primals, tangents):
+        return jax.jvp(scan, primals, tangents)
+
+    return compute
 
 
 # With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.

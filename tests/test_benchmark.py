@@ -67,6 +67,19 @@ def test_peers_share_a_gpu_by_twos_and_no_memory_that_one_fills(gpu, alone, toge
     assert all("ours" in seconds for seconds, _ in measured)
 
 
+def test_the_share_of_the_matrix_rate_is_of_work_done():
+    told = []
+    bench = SimpleNamespace(tell=told.append)
+    # 2 calls of 5 samples, 400 operations in 4 s; the product makes 1000 in 2 s: a fifth of its rate.
+    seconds = {"ours": [4.0, 4.0], "matrix product": [2.0, 2.0]}
+    facts = {"ours": {"flops": 400, "samples": 10}, "matrix product": {"flops": 1000}}
+    suites._tell_share(bench, "case", seconds, facts, ratios.Target(0.45))
+    (row,) = told
+    assert row["ratio"] == pytest.approx(0.2) and row["met"] is False
+    assert row["ours_s"] == 0.4 and row["theirs_s"] == pytest.approx(0.08)
+    assert row["flops_per_s_ours"] == pytest.approx(100) and row["flops_per_s_matrix_product"] == pytest.approx(500)
+
+
 def test_a_row_names_ratio_and_target():
     seconds = {"ours": [2.0, 2.0], "copy": [1.0, 1.0], "peer": [5.0, 5.0]}
     faster = ratios.row("case", seconds, "ours", "peer", target=ratios.Target(3))

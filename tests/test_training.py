@@ -20,7 +20,7 @@ from plif_jax import data, networks
 from plif_jax.config import Config
 from plif_jax.data import batches
 from plif_jax.errors import UserError
-from plif_jax.training import checkpoint, devices, evaluation, loop, signals, state, step
+from plif_jax.training import checkpoint, devices, evaluation, loop, report, signals, state, step
 from plif_jax.training.logs import read_metrics
 
 pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
@@ -102,6 +102,11 @@ def test_a_run_writes_what_it_found(whole):
     assert {tag: [at for at, _ in points] for tag, points in tensorboard(folder).items()} == {
         tag: [at for at, _ in points] for tag, points in metrics.items()
     }
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(report, "PACKAGES", ("jax", "no-such-package"))
+    assert report._versions() == {"jax": jax.__version__}
 
 
 def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):

@@ -14,16 +14,14 @@ def line(row):
     if "reason" in row:
         return f"{row['case']:<44} {row['against']:<24} not measured: {row['reason']}"
     verdict = "" if row["met"] is None else ("met" if row["met"] else "MISSED")
-    rate = f"{row['rate_share']:6.0%}" if row.get("rate_share") else " " * 6
     return (
         f"{row['case']:<44} {row['against']:<24} {_figure(row['ours_s'], row):>10} {_figure(row['theirs_s'], row):>10} "
-        f"{row['ratio']:7.2f}  {row['target'] or '':<8} {verdict:<6} {rate} {row['rounds']:3d} {row['spread']:5.0%}"
+        f"{row['ratio']:7.2f}  {row['target'] or '':<8} {verdict:<6} {row['rounds']:3d} {row['spread']:5.0%}"
     )
 
 
 HEADER = (
-    f"{'case':<44} {'against':<24} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'matmul':>6} "
-    f"{'n':>3} {'±':>5}"
+    f"{'case':<44} {'against':<24} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'n':>3} {'±':>5}"
 )
 
 

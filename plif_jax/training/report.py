@@ -1,10 +1,11 @@
 """What a run tells: a line per epoch, and at the end the result in words, as JSON and as a picture."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from plif_jax import __version__
 from plif_jax.curves import summary
@@ -44,10 +45,18 @@ def result(run) -> dict:
         "samples_per_second": progress["samples_per_second"],
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in run.devices],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "plif_jax": __version__}
-        | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "plif_jax": __version__, **_versions()},
         "settings": dataclasses.asdict(run.config),
     }
+
+
+def _versions():
+    """The packages' versions, but of those that were brought along without being installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write(config, result):

@@ -1,0 +1,199 @@
+"""The GPU's kernels: run by Pallas' interpreter they give what the scan gives, and what does not fit is scanned."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import pallas as pl
+
+from plif_jax import networks, neuron_kernel, neurons, surrogate
+from plif_jax.config import Config
+from plif_jax.interop import export
+from plif_jax.training import state, step
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Neurons take the kernels on this machine too, interpreted; the results of `fits` are listed."""
+    fitted = []
+
+    def fits(*arguments):
+        fitted.append(whether(*arguments))
+        return fitted[-1]
+
+    whether = neuron_kernel.fits
+    monkeypatch.setattr(neuron_kernel, "fits", fits)
+    monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(neurons, "_kernels", lambda: neuron_kernel)
+    monkeypatch.setattr(
+        neurons.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
+    )
+    yield fitted
+    jax.clear_caches()  # what was traced with them
+
+
+def currents(T, N, dtype=jnp.float32):
+    x = jax.random.normal(jax.random.key(T), (T, N)) * 1.5 + 0.6
+    return x.astype(dtype)
+
+
+def run(neuron, x, v, last_bar):
+    """Membranes, spikes and all gradients, of spikes alone or of the membranes too."""
+    s_bar = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
+
+    def unroll(neuron, v, x):
+        v, s = neuron.unroll(v, x)
+        return (v, s) if last_bar else s
+
+    found, vjp = jax.vjp(unroll, neuron, v, x)
+    neuron_bar, v_bar, x_bar = vjp((jnp.ones_like(found[0]), s_bar) if last_bar else s_bar)
+    return found, jax.tree.leaves(neuron_bar), v_bar, x_bar
+
+
+NEURONS = {
+    "paper's": partial(neurons.PLIF),
+    "soft reset, alpha learned": partial(
+        neurons.PLIF, v_reset=None, detach_reset=False, surrogate=surrogate.ATan(learnable=True)
+    ),
+    "LIF": partial(neurons.LIF, tau=3.0, v_reset=-0.2, surrogate=surrogate.Sigmoid()),
+    "IF": neurons.IF,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("T, N, begun, last_bar", [(3, 700, False, False), (2, 5, True, True), (1, 1, True, False)])
+@pytest.mark.parametrize("name", NEURONS)
+def test_a_kernel_gives_what_the_scan_gives(name, T, N, begun, last_bar, dtype, kernels):
+    """700 neurons are two blocks, the second not full."""
+    v = jax.random.normal(jax.random.key(2), (N,)) if begun else None
+    arguments = NEURONS[name](), currents(T, N, dtype), v, last_bar
+    found = run(*arguments)
+    assert kernels and all(kernels)
+    with pytest.MonkeyPatch.context() as scanning:
+        scanning.setattr(neurons, "_kernels", lambda: None)
+        expected = run(*arguments)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+
+    def check(array, wanted):
+        assert array.dtype == wanted.dtype
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (array, wanted)), **tolerance)
+
+    jax.tree.map(check, found, expected)
+
+
+def test_a_training_step_runs_on_kernels(kernels):
+    """Also under `pmap`, which adds primitives of its own to what is traced."""
+    config = Config(dataset_name="Digits", T=2, channels=4, number_layer=2, use_plif=True, batch_size=4)
+    optimizer = state.adam(config, 10)
+    devices = jax.local_devices()[:1]
+    x = np.random.default_rng(0).integers(0, 3, (4, 2, *config.facts.shape), np.uint8)
+    batch = x, np.arange(4, dtype=np.int32), np.arange(4, dtype=np.int32)[None, None], np.zeros(1, np.int32)
+
+    def train():
+        graphdef, now = state.create(config, optimizer, devices)
+        return step.make_train(config, graphdef, optimizer, devices, None)(now, *batch)
+
+    (now, metrics) = train()
+    assert len(kernels) >= 2 * len(state.network(config).named_neurons()) and all(kernels)
+    with pytest.MonkeyPatch.context() as scanning:
+        scanning.setattr(neurons, "_kernels", lambda: None)
+        (expected, expected_metrics) = train()
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    # Adam's first step is lr * sign(gradient), so the moments say more than the weights.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), now.opt_state, expected.opt_state)
+
+
+def test_a_gradient_has_a_gradient_and_maps_over_samples(kernels):
+    def loss(neuron, x):
+        return (jnp.arange(1.0, 4)[:, None] * neuron(x)).sum()
+
+    def penalised(neuron, x):
+        return jnp.square(jax.grad(loss, argnums=1)(neuron, x)).sum()
+
+    def found():
+        return jax.vmap(jax.grad(penalised), (None, 1))(neurons.PLIF(), currents(3, 10).reshape(3, 2, 5)).w[...]
+
+    interpreted = found()
+    assert all(kernels) and kernels
+    with pytest.MonkeyPatch.context() as scanning:
+        scanning.setattr(neurons, "_kernels", lambda: None)
+        np.testing.assert_allclose(interpreted, found(), rtol=1e-5)
+    assert np.abs(interpreted).min() > 0
+
+
+class Inhibited(neurons.Neuron):
+    """Neurons that inhibit one another: no step of one alone."""
+
+    def charge(self, v, x):
+        return v + x - v.mean()
+
+
+class OfEachItsOwn(neurons.Neuron):
+    """A time constant for each neuron."""
+
+    def __init__(self, N):
+        super().__init__()
+        self.w = nnx.Param(jnp.zeros(N))
+
+    def charge(self, v, x):
+        return v + (x - v) * jax.nn.sigmoid(self.w[...])
+
+
+@pytest.mark.parametrize(
+    "neuron, T, N, dtype, whether",
+    [
+        (neurons.PLIF(), 32, 7, jnp.float32, True),
+        (neurons.PLIF(), 33, 7, jnp.float32, False),
+        (neurons.PLIF(), 0, 7, jnp.float32, False),
+        (neurons.PLIF(), 4, 0, jnp.float32, False),
+        (neurons.PLIF(), 4, 7, jnp.float16, False),
+        (neurons.PLIF(surrogate=surrogate.Erf()), 4, 7, jnp.float32, True),
+        (neurons.PLIF(surrogate=surrogate.Erf(learnable=True)), 4, 7, jnp.float32, False),
+        (Inhibited(), 4, 7, jnp.float32, False),
+        (OfEachItsOwn(7), 4, 7, jnp.float32, False),
+    ],
+)
+def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
+    x = currents(T, N, dtype)
+    graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
+    assert neuron_kernel.fits(neurons._step(graphdef, other), params, x) is whether
+    if not whether:
+        np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
+
+
+def test_a_membrane_that_rests_elsewhere_is_begun_there(kernels):
+    class Restless(neurons.IF):
+        def rest(self, x):
+            return super().rest(x) + 0.9
+
+    x = jnp.full((2, 3), 0.2)
+    np.testing.assert_array_equal(Restless()(x), [[1, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("kind", surrogate.Surrogate.__subclasses__())
+def test_every_surrogate_fits(kind):
+    neuron = neurons.PLIF(surrogate=kind())
+    graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
+    assert neuron_kernel.fits(neurons._step(graphdef, other), params, currents(4, 7))
+
+
+def test_kernels_are_for_gpus_and_not_for_export(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert neurons._kernels() is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert neurons._kernels() is neuron_kernel
+    with neurons.scanned():
+        assert neurons._kernels() is None
+    net = networks.NETWORKS["Digits"](channels=4, number_layer=2, rngs=nnx.Rngs(0))
+    export.to_exported(net, 1)  # lowers for CUDA too, which a kernel would refuse here
+
+
+def test_a_jax_without_pallas_triton_scans(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
+    monkeypatch.delattr("plif_jax.neuron_kernel")
+    assert neurons._kernels() is None
