@@ -5,7 +5,8 @@
     python experiments/results.py                                                             # only the page
 
 Each row is a command that trains; when the time is up it is told to stop, saves, and the next call goes on from
-there. What a row has reached is kept in docs/results/ROW.json and its picture beside it; RESULTS.md is made from these.
+there. What a row has reached is kept in docs/results/ROW.json and its picture beside it; RESULTS.md is made from these,
+and from what docs/results/ROW.md says besides.
 Nothing enters the page that was not run.
 """
 
@@ -134,11 +135,13 @@ def page() -> str:
     theirs = published()
     parts = [(KEPT / "introduction.md").read_text().rstrip()]
     for name, (_, _, what) in ROWS.items():
-        parts.append(
-            _section(name, what, kept[name], theirs)
-            if name in kept
-            else f"## {name}\n\n{what}. Not run: it takes a GPU, and none was at hand."
-        )
+        note = KEPT / f"{name}.md"
+        section = _section(name, what, kept[name], theirs) if name in kept else f"## {name}\n\n{what}."
+        if note.exists():
+            section += "\n\n" + note.read_text().rstrip()
+        elif name not in kept:
+            section += " Not run: it takes a GPU, and none was at hand for long enough."
+        parts.append(section)
     return "\n\n".join(parts) + "\n"
 
 
