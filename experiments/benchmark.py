@@ -16,6 +16,9 @@ import sys
 from bench import report, suites
 from bench.machine import machine
 
+from plif_jax import cli
+from plif_jax.networks import NETWORKS
+
 SUITES = ("neuron", "train", "infer", "frames", "pipeline", "memory")
 RECORDINGS = (
     ("N-MNIST", 10, {"events": 4_000, "height": 34, "width": 34}),
@@ -23,8 +26,28 @@ RECORDINGS = (
 )
 
 
-def _list(kind):
-    return lambda text: [item if item == "largest" else kind(item) for item in text.split(",")]
+BACKENDS, PRECISIONS = ("torch", "cuda", "triton"), ("float32", "bfloat16")
+
+
+def _names(*allowed):
+    """Parses names with commas between them."""
+
+    def parse(text):
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"there is no {name!r}; give any of {','.join(allowed)}")
+        return names
+
+    return parse
+
+
+def _numbers(text):
+    """Parses whole numbers with commas between them; "largest" may be among them."""
+    try:
+        return [item if item == "largest" else int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them") from None
 
 
 def parser():
@@ -35,17 +58,19 @@ def parser():
     flags.add_argument("-rounds", type=int, default=7, help="runs of each peer (default 7)")
     flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
     flags.add_argument(
-        "-backends", type=_list(str), default=["torch", "cuda", "triton"], help="of SpikingJelly's neuron, on a GPU"
+        "-backends", type=_names(*BACKENDS), default=BACKENDS, help="of SpikingJelly's neuron, on a GPU (default all)"
     )
     flags.add_argument("-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png")
     flags.add_argument(
         "-neurons", type=int, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
     )
-    flags.add_argument("-timesteps", type=_list(int), default=[4, 8, 16, 32], help="T of neuron and memory")
-    flags.add_argument("-networks", type=_list(str), default=None, help="of train, infer, memory; all six on a GPU")
-    flags.add_argument("-batch_sizes", type=_list(int), default=[16], help="numbers, or on a GPU also: largest")
-    flags.add_argument("-precisions", type=_list(str), default=["float32"], help="float32, bfloat16")
-    flags.add_argument("-pipeline_network", default="Digits", help="data set of pipeline (default Digits)")
+    flags.add_argument("-timesteps", type=_numbers, default=[4, 8, 16, 32], help="T of neuron and memory")
+    flags.add_argument("-networks", type=_names(*NETWORKS), help="of train, infer, memory; default on a GPU: all six")
+    flags.add_argument("-batch_sizes", type=_numbers, default=[16], help="numbers, or on a GPU also: largest")
+    flags.add_argument("-precisions", type=_names(*PRECISIONS), default=["float32"], help="float32, bfloat16")
+    flags.add_argument(
+        "-pipeline_network", choices=NETWORKS, default="Digits", help="data set of pipeline (default Digits)"
+    )
     flags.add_argument("-data_root", default=None, help="folder with that data set")
     flags.add_argument("-train_samples", type=int, default=1024)
     flags.add_argument("-test_samples", type=int, default=256)
@@ -99,4 +124,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

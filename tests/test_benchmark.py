@@ -105,6 +105,19 @@ def test_multiply_adds(name, counted_by_hand):
     assert limits.multiply_adds(suites.network(name)) == counted_by_hand
 
 
+@pytest.mark.parametrize(
+    ("flag", "given", "said"),
+    [
+        ("-networks", "MNIST,Mnist", "there is no 'Mnist'; give any of MNIST,FashionMNIST"),
+        ("-batch_sizes", "16,many", "'16,many': give numbers with commas"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(flag, given, said, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["train", flag, given])
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_peer_that_cannot_be_built_says_why():
     with pytest.raises(PeerError, match="KeyError: 'nothing'"):
         Peer(sys.executable, "jax_work", {"kind": "nothing"}).ready()
