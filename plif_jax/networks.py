@@ -11,7 +11,7 @@ from flax import nnx
 
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
-from plif_jax.convolution import conv3x3
+from plif_jax.convolution import conv3x3, dot_general
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm, Dropout, Linear, avg_pool, dropout_key, max_pool, torch_default_init, vote
 
@@ -80,6 +80,7 @@ def linear(features=None):
             n_out,
             use_bias=False,
             kernel_init=torch_default_init,
+            dot_general=dot_general,
             dtype=net.dtype,
             param_dtype=float,
             rngs=rngs,

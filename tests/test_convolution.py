@@ -56,3 +56,18 @@ def test_gradients_of_short_floats_are_short_and_right(dtype):
     for short, long in zip(ours, jax.vjp(direct, *longer)[1](g.astype(jnp.float32)), strict=True):
         assert short.dtype == dtype
         np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.01 * np.abs(long).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_products_of_short_floats_are_rounded_once(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, g = (
+        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, [(5, 300), (300, 7), (5, 7)], strict=True)
+    )
+    dims = (((1,), (0,)), ((), ()))
+    y, vjp = jax.vjp(jax.jit(lambda x, kernel: convolution.dot_general(x, kernel, dims)), x, kernel)
+    x_bar, kernel_bar = vjp(g)
+    long = [np.asarray(array, np.float32) for array in (x, kernel, g)]
+    for ours, exact in ((y, long[0] @ long[1]), (x_bar, long[2] @ long[1].T), (kernel_bar, long[0].T @ long[2])):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-4)
