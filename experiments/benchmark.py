@@ -42,10 +42,10 @@ def _names(*allowed):
     return parse
 
 
-def _numbers(text):
-    """Parses whole numbers with commas between them; "largest" may be among them."""
+def _numbers(text, *words):
+    """Parses whole numbers with commas between them, or words."""
     try:
-        return [item if item == "largest" else int(item) for item in text.split(",")]
+        return [item if item in words else int(item) for item in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them") from None
 
@@ -66,7 +66,12 @@ def parser():
     )
     flags.add_argument("-timesteps", type=_numbers, default=[4, 8, 16, 32], help="T of neuron and memory")
     flags.add_argument("-networks", type=_names(*NETWORKS), help="of train, infer, memory; default on a GPU: all six")
-    flags.add_argument("-batch_sizes", type=_numbers, default=[16], help="numbers, or on a GPU also: largest")
+    flags.add_argument(
+        "-batch_sizes",
+        type=lambda text: _numbers(text, "largest"),
+        default=[16],
+        help="numbers, or on a GPU also: largest",
+    )
     flags.add_argument("-precisions", type=_names(*PRECISIONS), default=["float32"], help="float32, bfloat16")
     flags.add_argument(
         "-pipeline_network", choices=NETWORKS, default="Digits", help="data set of pipeline (default Digits)"
@@ -118,8 +123,9 @@ def main(argv=None):
         for suite in SUITES if asked.suite == "all" else [asked.suite]:
             calls[suite]()
     finally:  # Ctrl-C keeps what was measured
-        report.write(asked.out, here, bench.rows, bench.peers)
-        print(f"wrote {asked.out}/benchmark.json and benchmark.png")
+        if bench.rows:
+            report.write(asked.out, here, bench.rows, bench.peers)
+            print(f"wrote {asked.out}/benchmark.json and benchmark.png")
     return bench.rows
 
 

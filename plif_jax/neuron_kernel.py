@@ -1,15 +1,16 @@
 """A neuron's sequence as one GPU kernel forward and one backward: membranes stay in registers.
 
 Each current is read once, each spike or gradient written once; XLA alone makes a kernel for every timestep and carries
-the membranes through memory. A step fits that is elementwise arithmetic with scalar parameters, as the steps of all
-neurons here are, whatever their `charge` and surrogate. A kernel has each parameter once per neuron, so that its
-gradient too is elementwise, and summed at the end.
+the membranes through memory. A step fits that is elementwise arithmetic in float32 with scalar parameters, as those of
+the neurons here are with all surrogates but `Erf` whose alpha is learned. A kernel has each parameter once per neuron,
+so that its gradient too is elementwise, and summed at the end.
 
 A step is (params, v, x) -> (v, s). A membrane is an array [...], or one number where all are alike.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Literal
@@ -17,6 +18,7 @@ from jax.extend.core import Literal
 # Threads of a block, and how many numbers of one array each may hold: more would not stay in its registers.
 THREADS, HELD = 128, 32
 
+CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 # Within a block, that is: under `pmap` gradients are placed as what they belong to.
 IDENTITIES = {"copy", "copy_p", "stop_gradient", "reshape", "reshard", "pvary", "pcast"}
 ARITHMETIC = {
@@ -27,14 +29,25 @@ ARITHMETIC = {
 }
 
 
-def fits(step, params, x):
-    """Whether a step can run as a kernel on currents x [T, ...]."""
+def fits(step, params, v, x):
+    """Whether a step can run as a kernel on currents x [T, ...] from membranes v, None at rest."""
     if not 0 < len(x) <= HELD or not 0 < x.size < 2**31 or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    if v is not None and (v.shape != x.shape[1:] or v.dtype != jnp.float32):
         return False
     if any(leaf.shape or leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         return False
-    traced = (_step(step, params, x), _gradient(step, params, x))
-    return all(not jaxpr.consts and _elementwise(jaxpr.jaxpr) for jaxpr in traced)
+    try:
+        of_blocks = [(_step(step, params, x, n), _gradient(step, params, x, n)) for n in (1, 2)]
+    except Exception:  # whatever a step makes of one neuron after the other in place of its own shape
+        return False
+    # What depends on the shape it sees is not elementwise either.
+    if [_told(jaxpr) for jaxpr in of_blocks[0]] != [_told(jaxpr) for jaxpr in of_blocks[1]]:
+        return False
+    forward, backward = of_blocks[0]
+    types = [(aval.shape, aval.dtype) for aval in forward.out_avals]
+    block = (_block(x),)
+    return types == [(block, jnp.float32), (block, x.dtype)] and all(map(_elementwise, (forward, backward)))
 
 
 def spikes(step, params, v, x):
@@ -82,7 +95,8 @@ def gradient(step, params, v, x, v_bar, s_bar):
             totals = [total + term for total, term in zip(totals, terms, strict=True)]
         if before_bar is not None:
             before_bar[0] = bar
-        return [total.sum() for total in totals]
+        # Beyond the last neuron a current is 0, where a derivative may be infinite.
+        return [jnp.where(s_bar.inside, total, 0).sum() for total in totals]
 
     whole_v = v
     arrays = [x, s_bar] + ([] if v_bar is None else [v_bar])
@@ -143,24 +157,24 @@ def _call(kernel, params, v, arrays, results, sums=0):
     return found[: len(results)], [partial_sum.sum() for partial_sum in found[len(results) :]]
 
 
-def _step(step, params, x):
+def _step(step, params, x, blocks=1):
     """The jaxpr of a step on a block of neurons."""
-    return jax.make_jaxpr(step)(*_blocks(params, x))
+    return jax.make_jaxpr(step)(*_types(params, x, blocks))
 
 
-def _gradient(step, params, x):
+def _gradient(step, params, x, blocks=1):
     """The jaxpr of its gradient: (params, v, x, v_bar, s_bar) -> (params_bar, v_bar, x_bar)."""
 
     def gradient(params, v, x, v_bar, s_bar):
         return jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
 
-    params, v, x = _blocks(params, x)
+    params, v, x = _types(params, x, blocks)
     return jax.make_jaxpr(gradient)(params, v, x, v, x)
 
 
-def _blocks(params, x):
-    """What the parameters, v and x [T, ...] are to a block."""
-    n = (_block(x),)
+def _types(params, x, blocks):
+    """What the parameters, v and x [T, ...] are to so many blocks."""
+    n = (blocks * _block(x),)
     v, x = jax.ShapeDtypeStruct(n, jnp.float32), jax.ShapeDtypeStruct(n, x.dtype)
     return jax.tree.map(lambda _: v, params), v, x
 
@@ -170,35 +184,56 @@ def _block(x):
     return THREADS << min(2, (HELD // len(x)).bit_length() - 1)
 
 
-def _elementwise(jaxpr):
+def _told(closed):
+    """A jaxpr's primitives and literals in order, those inside its calls included."""
+    told = []
+    for eqn in closed.jaxpr.eqns:
+        told += [eqn.primitive.name, *(str(var.val) for var in eqn.invars if isinstance(var, Literal))]
+        told += [] if eqn.primitive.name not in CALLS else _told(_inner(eqn))
+    return told
+
+
+def _elementwise(closed):
     """Whether a jaxpr computes each neuron's numbers from that neuron's alone, those inside its calls included."""
 
     def fitting(eqn):
-        if (inner := _inner(eqn)) is not None:
-            return _elementwise(inner.jaxpr)
-        if eqn.primitive.name in IDENTITIES:
-            return len({var.aval.shape for var in (*eqn.invars, *eqn.outvars)}) == 1
-        return eqn.primitive.name in ARITHMETIC
+        name, types = eqn.primitive.name, [var.aval for var in (*eqn.invars, *eqn.outvars)]
+        if name in CALLS:
+            return _elementwise(_inner(eqn))
+        if name in IDENTITIES:
+            return len({aval.shape for aval in types}) == 1
+        if name == "convert_element_type":
+            return True
+        # Of other types Triton has not all operations.
+        others = ("bool", "int32") if name not in ("max", "min") else ()
+        return name in ARITHMETIC and {aval.dtype.name for aval in types} <= {"float32", *others}
 
-    return all(map(fitting, jaxpr.eqns))
+    return not closed.consts and all(map(fitting, closed.jaxpr.eqns))
 
 
 def _inner(eqn):
-    """The jaxpr that an equation calls: of a function with a gradient of its own, say; or None."""
-    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    """The jaxpr that an equation calls."""
+    return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
 
 def _evaluate(closed, *args):
     """Binds a jaxpr's primitives anew, those inside its calls too: Triton's lowering knows no custom gradients."""
     values = dict(zip(closed.jaxpr.invars, args, strict=True))
+
+    def value(var):
+        return np.asarray(var.val, var.aval.dtype)[()] if isinstance(var, Literal) else values[var]
+
     for eqn in closed.jaxpr.eqns:
-        given = [var.val if isinstance(var, Literal) else values[var] for var in eqn.invars]
-        if (inner := _inner(eqn)) is not None:
-            results = _evaluate(inner, *given)
+        given = list(map(value, eqn.invars))
+        if eqn.primitive.name in CALLS:
+            results = _evaluate(_inner(eqn), *given)
         elif eqn.primitive.name in IDENTITIES:
             results = given
-        else:
+        elif any(isinstance(one, jax.core.Tracer) for one in given) or eqn.outvars[0].aval.shape:
             results = eqn.primitive.bind(*given, **eqn.params)
             results = results if eqn.primitive.multiple_results else [results]
+        else:  # of numbers alone: a number, which a kernel may hold
+            with jax.ensure_compile_time_eval():
+                results = [np.asarray(eqn.primitive.bind(*given, **eqn.params))[()]]
         values |= zip(eqn.outvars, results, strict=True)
-    return [var.val if isinstance(var, Literal) else values[var] for var in closed.jaxpr.outvars]
+    return list(map(value, closed.jaxpr.outvars))

@@ -67,7 +67,7 @@ class Neuron(nnx.Module):
     def rest(self, x):
         """The membrane at rest for currents x [T, ...]: v_reset, or 0 with soft reset; never below float32."""
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.full(x.shape[1:], self.v_reset or 0.0, dtype)
+        return jnp.full(x.shape[1:], _or_zero(self.v_reset), dtype)
 
     def unroll(self, v, x):
         """Runs currents x [T, ...] from the membrane v [...] (None: at rest).
@@ -81,7 +81,7 @@ class Neuron(nnx.Module):
             if jnp.shape(v) != rest.shape:
                 raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
             v = jnp.asarray(v, rest.dtype)
-        elif type(self).rest is not Neuron.rest:
+        elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
         return _run(graphdef, _kernels(), params, other, v, x)
@@ -107,6 +107,10 @@ def _floats(path, leaf):
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def _or_zero(v_reset):
+    return 0.0 if v_reset is None else v_reset
+
+
 def _scan(step, carry, xs, **kwargs):
     T = jax.tree.leaves(xs)[0].shape[0]
     return lax.scan(step, carry, xs, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
@@ -117,7 +121,7 @@ _scanning = ContextVar("scanning", default=False)
 
 @contextlib.contextmanager
 def scanned():
-    """Within it sequences are scanned on a GPU too: for programs that are to run elsewhere, and for comparison."""
+    """What is traced within it scans on a GPU too: for programs that are to run elsewhere, and for comparison."""
     token = _scanning.set(True)
     try:
         yield
@@ -126,8 +130,11 @@ def scanned():
 
 
 def _kernels():
-    """The module of a GPU's kernels; None without a GPU, or once JAX has dropped Pallas' Triton."""
+    """The module of a GPU's kernels; None without a GPU that Triton knows, or once JAX has dropped Pallas' Triton."""
     if _scanning.get() or jax.default_backend() != "gpu":
+        return None
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if not capability[:1].isdecimal() or float(capability) < 8:  # before Ampere, or not NVIDIA's
         return None
     try:
         from plif_jax import neuron_kernel
@@ -155,10 +162,10 @@ def _sequence(graphdef, kernels, params, other, v, x):
         return _scan(partial(step, params), net.rest(x) if v is None else v, x)
 
     def kernel(params, v, x):
-        v = net.v_reset or 0.0 if v is None else v
+        v = _or_zero(net.v_reset) if v is None else v
         return kernels.last(step, params, v, x), kernels.spikes(step, params, v, x)
 
-    if kernels is None or not kernels.fits(step, params, x):
+    if kernels is None or not kernels.fits(step, params, v, x):
         return scan(params, v, x)
     return lax.platform_dependent(params, v, x, cuda=kernel, default=scan)
 
@@ -172,8 +179,9 @@ def _sequence_forward(graphdef, kernels, *primals):
 def _sequence_backward(graphdef, kernels, residuals, cotangents):
     params, other, v, x = residuals
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
-    v_bar, s_bar = (None if isinstance(bar, SymbolicZero) else bar for bar in cotangents)
-    s_bar = jnp.zeros_like(x) if s_bar is None else s_bar
+    v_bar, s_bar = cotangents
+    v_bar = None if isinstance(v_bar, SymbolicZero) else v_bar
+    s_bar = jax.tree.map(lambda b: jnp.zeros(b.aval.shape, b.aval.dtype) if isinstance(b, SymbolicZero) else b, s_bar)
 
     def scan(params, v, x, v_bar, s_bar):
         begin = net.rest(x) if v is None else v
@@ -191,10 +199,10 @@ def _sequence_backward(graphdef, kernels, residuals, cotangents):
         return params_bar, None if v is None else v_bar, x_bar
 
     def kernel(params, v, x, v_bar, s_bar):
-        return kernels.gradient(step, params, net.v_reset or 0.0 if v is None else v, x, v_bar, s_bar)
+        return kernels.gradient(step, params, _or_zero(net.v_reset) if v is None else v, x, v_bar, s_bar)
 
     compute = scan
-    if kernels is not None and kernels.fits(step, params, x):
+    if kernels is not None and kernels.fits(step, params, v, x):
         compute = _kernel_once(kernel, scan)
     params_bar, v_bar, x_bar = compute(params, v, x, v_bar, s_bar)
     return params_bar, None, v_bar, x_bar
@@ -247,7 +255,7 @@ _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
 def _leaky(v, x, v_reset, k):
-    return v + (x - (v - (v_reset or 0.0))) * k
+    return v + (x - (v - _or_zero(v_reset))) * k
 
 
 class LIF(Neuron):

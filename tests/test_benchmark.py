@@ -110,6 +110,7 @@ def test_multiply_adds(name, counted_by_hand):
     [
         ("-networks", "MNIST,Mnist", "there is no 'Mnist'; give any of MNIST,FashionMNIST"),
         ("-batch_sizes", "16,many", "'16,many': give numbers with commas"),
+        ("-timesteps", "largest", "'largest': give numbers with commas"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(flag, given, said, capsys):

@@ -1,7 +1,9 @@
 """The GPU's kernels: run by Pallas' interpreter they give what the scan gives, and what does not fit is scanned."""
 
+import importlib
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,46 @@ class OfEachItsOwn(neurons.Neuron):
         return v + (x - v) * jax.nn.sigmoid(self.w[...])
 
 
+class InSmallSteps(neurons.Neuron):
+    """A loop within a timestep."""
+
+    def charge(self, v, x):
+        return jax.lax.fori_loop(0, 4, lambda i, v: v + 0.25 * (x - v) / 2, v)
+
+
+class ByItsShape(neurons.Neuron):
+    def charge(self, v, x):
+        return v + x / x.shape[-1]
+
+
+class OfGivenConstants(neurons.Neuron):
+    def charge(self, v, x):
+        return v + x * np.linspace(0.5, 1, x.shape[-1], dtype=np.float32)
+
+
+class Branching(neurons.PLIF):
+    def charge(self, v, x):
+        return jax.lax.cond(self.w[...] > 0, lambda: v + x, lambda: v + x / 2)
+
+
+class RestingShort(neurons.IF):
+    def rest(self, x):
+        return jnp.zeros(x.shape[1:], jnp.bfloat16)
+
+
+class Singular(neurons.PLIF):
+    """Whose derivative for w is infinite at a current of 0."""
+
+    def charge(self, v, x):
+        return v + jnp.sqrt(jnp.square(self.w[...] + 1) * x)
+
+
+def test_places_beyond_the_last_neuron_have_no_gradient(kernels):
+    x = jnp.abs(currents(2, 10)) + 0.1
+    w_bar = jax.grad(lambda neuron: neuron(x).sum())(Singular()).w[...]
+    assert kernels and all(kernels) and np.isfinite(w_bar) and w_bar != 0
+
+
 @pytest.mark.parametrize(
     "neuron, T, N, dtype, whether",
     [
@@ -155,12 +197,16 @@ class OfEachItsOwn(neurons.Neuron):
         (neurons.PLIF(surrogate=surrogate.Erf(learnable=True)), 4, 7, jnp.float32, False),
         (Inhibited(), 4, 7, jnp.float32, False),
         (OfEachItsOwn(7), 4, 7, jnp.float32, False),
+        (InSmallSteps(), 4, 7, jnp.float32, False),
+        (ByItsShape(), 4, 7, jnp.float32, False),
+        (OfGivenConstants(), 4, 7, jnp.float32, False),
+        (Branching(), 4, 7, jnp.float32, False),
     ],
 )
 def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
     x = currents(T, N, dtype)
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    assert neuron_kernel.fits(neurons._step(graphdef, other), params, x) is whether
+    assert neuron_kernel.fits(neurons._step(graphdef, other), params, None, x) is whether
     if not whether:
         np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
 
@@ -172,28 +218,70 @@ def test_a_membrane_that_rests_elsewhere_is_begun_there(kernels):
 
     x = jnp.full((2, 3), 0.2)
     np.testing.assert_array_equal(Restless()(x), [[1, 1, 1], [0, 0, 0]])
+    assert kernels == [True]
+    RestingShort()(x.astype(jnp.bfloat16))
+    assert kernels == [True, False]
 
 
+@pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("kind", surrogate.Surrogate.__subclasses__())
-def test_every_surrogate_fits(kind):
-    neuron = neurons.PLIF(surrogate=kind())
+def test_every_surrogate_fits_but_one(kind, learnable):
+    """Triton has no erfc, of which the derivative of Erf for alpha is made."""
+    neuron = neurons.PLIF(surrogate=kind(learnable=learnable))
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    assert neuron_kernel.fits(neurons._step(graphdef, other), params, currents(4, 7))
+    whether = neuron_kernel.fits(neurons._step(graphdef, other), params, None, currents(4, 7))
+    assert whether is not (kind is surrogate.Erf and learnable)
 
 
-def test_kernels_are_for_gpus_and_not_for_export(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert neurons._kernels() is None
+@pytest.fixture
+def gpu(monkeypatch):
+    """JAX believes that it has an H100, for which it can lower what it cannot run."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability="9.0")])
+    if importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):
+        info = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        monkeypatch.setattr(info, "get_gpu_info", lambda: SimpleNamespace(compute_capability=90))
+    yield monkeypatch
+    jax.clear_caches()
+
+
+def test_kernels_are_for_gpus_that_triton_knows(gpu):
     assert neurons._kernels() is neuron_kernel
     with neurons.scanned():
         assert neurons._kernels() is None
+    for unknown in ("7.5", "gfx90a"):
+        gpu.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability=unknown)])  # noqa: B023
+        assert neurons._kernels() is None
+    gpu.undo()
+    assert jax.default_backend() != "cpu" or neurons._kernels() is None
+
+
+def test_what_is_exported_holds_no_kernel(gpu):
     net = networks.NETWORKS["Digits"](channels=4, number_layer=2, rngs=nnx.Rngs(0))
-    export.to_exported(net, 1)  # lowers for CUDA too, which a kernel would refuse here
+    exported = export.to_exported(net, 1)  # for CUDA too
+    assert "triton" not in exported.mlir_module()
 
 
-def test_a_jax_without_pallas_triton_scans(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+class WithNumbers(neurons.PLIF):
+    """Numbers computed from numbers."""
+
+    def charge(self, v, x):
+        return super().charge(v, x * jax.nn.sigmoid(0.3)) + jnp.square(jnp.float32(0.1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("neuron", [neurons.PLIF(v_reset=None, detach_reset=False), WithNumbers()])
+def test_kernels_lower_for_a_gpu(neuron, dtype, gpu):
+    def both(neuron, x):
+        s, vjp = jax.vjp(lambda neuron, x: neuron(x), neuron, x)
+        return s, vjp(s)
+
+    lowered = jax.jit(both).trace(neuron, currents(4, 1000, dtype)).lower(lowering_platforms=("cuda",))
+    # Spikes and gradient; the membranes that nobody asks for are dropped sooner or later.
+    assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") in (2, 3)
+
+
+def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
     monkeypatch.delattr("plif_jax.neuron_kernel")
     assert neurons._kernels() is None

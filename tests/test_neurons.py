@@ -310,3 +310,28 @@ def test_tau_of_one_or_less_is_refused(tau):
 def test_a_membrane_of_another_shape_is_refused():
     with pytest.raises(UserError, match=r"\(4,\).*\[T, \.\.\.\] = \(5, 3\)"):
         neurons.LIF().unroll(jnp.zeros(4), jnp.zeros((5, 3)))
+
+
+def test_a_reset_potential_may_be_an_array():
+    for v_reset in (jnp.float32(0.1), np.array(0.1, np.float32)):
+        for kind in (neurons.IF, neurons.LIF):
+            np.testing.assert_array_equal(kind(v_reset=v_reset)(currents(3, 5)), kind(v_reset=0.1)(currents(3, 5)))
+
+
+class Telling(neurons.IF):
+    """Gives its potential before firing beside its spikes."""
+
+    def step(self, v, x):
+        h = self.charge(v, x)
+        v, s = super().step(v, x)
+        return v, (s, h)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_may_give_more_than_spikes(which):
+    neuron, x = Telling(), currents(3, 5)
+    given, defined = (
+        jax.grad(lambda x, unroll=unroll: jax.tree.leaves(unroll(None, x))[which].sum())(x)
+        for unroll in (neuron.unroll, neuron.unroll_by_autodiff)
+    )
+    np.testing.assert_allclose(given, defined, rtol=1e-6)

@@ -50,7 +50,13 @@ def _facts(**facts):
 
 def _calls(spec, call):
     """As many calls as a run is told to make, waiting for all of them."""
-    return lambda: jax.block_until_ready([call() for _ in range(spec["calls"])][-1])
+
+    def run():
+        for _ in range(spec["calls"]):
+            last = call()
+        jax.block_until_ready(last)
+
+    return run
 
 
 def _currents(spec):

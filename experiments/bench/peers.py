@@ -60,8 +60,9 @@ class Peer:
 
     def run(self):
         """Seconds of one run."""
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self.process.stdin.write("run\n")
+            self.process.stdin.flush()
         return self._answer()["seconds"]
 
     def close(self):
