@@ -103,6 +103,17 @@ def test_a_seal_that_says_nothing_is_damage(tmp_path, seal):
     assert step == 5 and "checkpoint of step 10 is damaged (its seal" in said and "using that of step 5" in said
 
 
+@pytest.mark.parametrize(
+    "note",
+    [b"", b"{", b"[]", b'{"commit_timestamp_nsecs": "now"}', b'{"htem_handlers": 1, "custom_metadata": {"a": 1}}'],
+)
+def test_a_damaged_note_of_the_time_costs_nothing(tmp_path, note):
+    """Orbax writes it after the seal."""
+    fill(tmp_path, steps=(5, 10))
+    (tmp_path / "10" / "_CHECKPOINT_METADATA").write_bytes(note)
+    assert restored(tmp_path) == (10, [])
+
+
 def test_only_what_matters_is_said_of_old_checkpoints(tmp_path):
     fill(tmp_path, (5, 10, 15), [0.9, 0.8, 0.1])
     (tmp_path / "5" / "record" / "metadata").unlink()  # as a program leaves it that is killed while it removes it

@@ -269,6 +269,7 @@ class WithNumbers(neurons.PLIF):
         return super().charge(v, x * jax.nn.sigmoid(0.3)) + jnp.square(jnp.float32(0.1))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("neuron", [neurons.PLIF(v_reset=None, detach_reset=False), WithNumbers()])
 def test_kernels_lower_for_a_gpu(neuron, dtype, gpu):
