@@ -31,7 +31,7 @@ ARITHMETIC = {
 
 def fits(step, params, v, x):
     """Whether a step can run as a kernel on currents x [T, ...] from membranes v, None at rest."""
-    if not 0 < len(x) <= HELD or not 0 < x.size < 2**31 or x.dtype not in (jnp.float32, jnp.bfloat16):
+    if x.ndim < 2 or not 0 < len(x) <= HELD or not 0 < x.size < 2**31 or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     if v is not None and (v.shape != x.shape[1:] or v.dtype != jnp.float32):
         return False

@@ -179,6 +179,12 @@ class Singular(neurons.PLIF):
         return v + jnp.sqrt(jnp.square(self.w[...] + 1) * x)
 
 
+def test_a_single_neuron_is_scanned(kernels):
+    x, v = jnp.array([0.5, 3.0]), jnp.array(0.9)
+    np.testing.assert_array_equal(neurons.PLIF().unroll(v, x)[1], [0, 1])
+    assert kernels == [False]
+
+
 def test_places_beyond_the_last_neuron_have_no_gradient(kernels):
     x = jnp.abs(currents(2, 10)) + 0.1
     w_bar = jax.grad(lambda neuron: neuron(x).sum())(Singular()).w[...]
