@@ -120,8 +120,11 @@ def test_a_mistake_is_told_in_a_line(flag, given, said, capsys):
 
 
 def test_a_peer_that_cannot_be_built_says_why():
-    with pytest.raises(PeerError, match="KeyError: 'nothing'"):
-        Peer(sys.executable, "jax_work", {"kind": "nothing"}).ready()
+    peer = Peer(sys.executable, "jax_work", {"kind": "nothing"})
+    for asked in (peer.ready, peer.run):  # and when it is asked to run all the same
+        with pytest.raises(PeerError, match="KeyError: 'nothing'"):
+            asked()
+    peer.close()
 
 
 def _run(tmp_path, *argv):
