@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import select
 import sys
 import traceback
 from pathlib import Path
@@ -17,11 +18,16 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 def run(main):
-    """Calls `main(argv)` and exits: 0, 2 after a `UserError` (one line), 1 after a defect, 143 or 130 interrupted."""
+    """Calls `main(argv)` and exits.
+
+    0; 2 after a `UserError`, which it prints in one line; 1 after a defect; 143 or 130 interrupted; 141 where nobody
+    reads what it prints any more.
+    """
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         _leave(2)
@@ -29,9 +35,21 @@ def run(main):
         sys.exit(interrupted.code)
     except KeyboardInterrupt:
         _leave(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _is_read():
+            _leave(141)  # as SIGPIPE would end it
         traceback.print_exc()
         _leave(1)
+
+
+def _is_read():
+    """Whether what is printed still goes somewhere; of `| head` it does not once head has seen enough."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # the end of its reader is told unasked
+    if not output.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush on the way out
+    return False
 
 
 def keep_freed_memory():

@@ -174,3 +174,24 @@ def test_event_files_of_others_are_left_alone(tmp_path):
         logs.Logs(tmp_path, points)
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
     assert (tmp_path / "events.out.tfevents.1.theirs").read_bytes() == b"theirs"
+
+
+def test_a_step_saved_again_replaces_what_was_saved(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(state_of(5), {"epoch": 0}, -1.0)
+        checkpoints.save(state_of(5), {"epoch": 1}, 0.5)
+        checkpoints.wait()
+        assert checkpoints.restore(state_of(0))[1] == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["5"]
+
+
+def test_a_step_killed_while_it_is_saved_again_is_kept(tmp_path, monkeypatch):
+    fill(tmp_path, [5, 10])
+    checkpoints = checkpoint.Checkpoints(tmp_path, CONFIG)
+    monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: None)  # the program is killed here
+    checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
+    checkpoints._writing.result()
+    checkpoints._lock.close()
+    assert kept(tmp_path) == [5]
+    assert restored(tmp_path) == (10, [])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["10", "5"]

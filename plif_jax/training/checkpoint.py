@@ -30,6 +30,7 @@ from plif_jax.training import state as states
 KEEP_EVERY_SECONDS = 4 * 3600
 SEAL = "sha256.json"
 ITEMS = ("state", "record", "metrics")
+PUT_BY = "replaced_"
 MISSING = "files are missing, or its seal"
 
 # Settings that do not change what a step computes: a run may continue with other values.
@@ -113,6 +114,12 @@ class Checkpoints:
                 (folder / SEAL).write_text(json.dumps(_digests(folder)))
 
     def _set_damaged_aside(self):
+        for path in self.folder.glob(f"{PUT_BY}*"):  # by a program that was killed before it had written another
+            step = self.folder / path.name.removeprefix(PUT_BY)
+            if step.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(step)
         sound, damaged, half_removed = _examined(self.folder)
         half_written = self.folder.glob("*.orbax-checkpoint-tmp*")  # of a program that was killed
         for path in (*half_removed, *half_written):
@@ -152,8 +159,8 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record))
 
         def write():
-            if step in self._manager.all_steps():  # a run stopped in an evaluation saved this step already
-                self._manager.delete(step)
+            if step in self._manager.all_steps():  # a run stopped before or in an evaluation saved this step already
+                self._put_by(step)
             self._manager.save(step, args=items, metrics={"score": score})
 
         # Before it writes in the background Orbax copies everything and makes folders: that too is better done there.
@@ -162,6 +169,14 @@ class Checkpoints:
             self._writing = self._writer.submit(write)
         else:
             self._guard(write)
+
+    def _put_by(self, step):
+        """Takes a step's checkpoint out of Orbax's sight, until the one that replaces it is on the disk."""
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(self.folder / f"{PUT_BY}{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("a checkpoint is put by")
+        self._manager.reload()
 
     def wait(self):
         """Waits until what was started is on the disk."""
@@ -172,6 +187,9 @@ class Checkpoints:
         if writing is not None:
             writing.result()
         self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for path in self.folder.glob(f"{PUT_BY}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self):
         return self

@@ -49,6 +49,8 @@ def train(config, say=print) -> dict:
         # Listening to the end: a signal while the last checkpoint is written must not stop that.
         with signals.listening() as stop, Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
             return Run(config, dataset, chosen, checkpoints, stop, say).finish()
+    except BrokenPipeError:  # nobody reads what is said any more
+        raise
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
         raise UserError(
             f"{error.filename or config.run_dir} cannot be written: {error.strerror}. "
@@ -93,7 +95,7 @@ class Run:
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"], say)
-            (config.run_dir / "config.json").write_text(config.to_json())
+            report.write(config.run_dir / "config.json", config.to_json())
         self.started = time.monotonic() - self.progress["seconds"]
 
     def finish(self) -> dict:
@@ -107,7 +109,7 @@ class Run:
             self.conclude(epoch, figures)
         result = report.result(self)
         if self.main:
-            report.write(self.config, result)
+            report.write_result(self.config, result)
             report.conclude(self.config, result, self.say)
         return result
 
@@ -242,7 +244,7 @@ class Run:
         progress |= {"epoch": epoch + 1, "sums": [0.0, 0.0]}
         self._save(score)
         if self.main:
-            report.write(self.config, report.result(self))
+            report.write_result(self.config, report.result(self))
         self.say(report.epoch_line(self, figures))
 
     def _save(self, score):

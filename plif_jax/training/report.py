@@ -59,11 +59,16 @@ def _versions():
     return found
 
 
-def write(config, result):
-    """Writes `result.json` into the run folder, whole or not at all."""
-    temporary = config.run_dir / "result.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
-    os.replace(temporary, config.run_dir / "result.json")
+def write(path, text):
+    """Writes a text file of the run folder, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_result(config, result):
+    """Writes `result.json` into the run folder."""
+    write(config.run_dir / "result.json", json.dumps(result, indent=1))
 
 
 def conclude(config, result, say):

@@ -1,0 +1,54 @@
+"""How a script ends: with which status, and what it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from plif_jax import cli
+from plif_jax.errors import UserError
+from plif_jax.training.signals import Interrupted
+
+PRINT_MUCH = "from plif_jax import cli; cli.run(lambda argv: [print('line', i) for i in range(100_000)])"
+
+
+@pytest.fixture
+def ended(monkeypatch, capfd):
+    """Gives a function: (exit status, standard error) of a script that raises this."""
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # of the whole process
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py"])
+
+    def end(error):
+        def main(argv):
+            raise error
+
+        with pytest.raises(SystemExit) as left:
+            cli.run(main)
+        return left.value.code, capfd.readouterr().err
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("give another"), 2, "train.py: give another\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (Interrupted(15), 143, ""),
+    ],
+)
+def test_a_script_ends_in_a_status_and_at_most_a_line(ended, error, status, said):
+    assert ended(error) == (status, said)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), BrokenPipeError("of a worker")])
+def test_a_defect_shows_where_it_is(ended, error):
+    status, said = ended(error)
+    assert status == 1 and said.startswith("Traceback") and said.endswith(f"{type(error).__name__}: {error}\n")
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly():
+    program = subprocess.Popen([sys.executable, "-c", PRINT_MUCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.readline()
+    program.stdout.close()
+    assert (program.stderr.read(), program.wait(60)) == (b"", 141)
