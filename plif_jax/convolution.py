@@ -72,7 +72,7 @@ def _winograd(x, kernel):
         return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :H, :W]
 
     y = lax.map(convolve, x.reshape(-1, _images(N, 4096 // (H * W)), H, W, C))
-    return y.reshape(N, H, W, -1)
+    return y.reshape(N, H, W, kernel.shape[-1])
 
 
 def _input_transform(d):

@@ -100,7 +100,7 @@ class Linear(nnx.Linear):
             return super().__call__(x_TBF)
         rows = jnp.pad(x_TBF.reshape(count, features), ((0, -count % self.ROWS), (0, 0)))
         y = lax.map(super().__call__, rows.reshape(-1, self.ROWS, features))
-        return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, -1)
+        return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, y.shape[-1])
 
 
 def dropout_key(rngs):

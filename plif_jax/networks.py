@@ -5,6 +5,7 @@ layer by layer. The entries are builders: given the shape that reaches it, each 
 that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
 """
 
+import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,7 +36,7 @@ class Flatten(nnx.Module):
 
     def __call__(self, x):
         """Joins the last three axes."""
-        return x.reshape(*x.shape[:-3], -1)
+        return x.reshape(*x.shape[:-3], math.prod(self.shape))
 
 
 # Builders. `net` brings the settings, `shape` is (H, W, C) or (features,).

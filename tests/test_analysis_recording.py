@@ -150,3 +150,8 @@ def test_energy_has_changeable_constants():
     assert "energy 0.90 uJ against 4.60 uJ" in operations.table(counted)
     changed = operations.table(counted, 1, 2)
     assert "energy 1.00 uJ against 2.00 uJ" in changed and "(1 pJ an accumulate, 2 pJ a multiply-acc" in changed
+
+
+def test_recording_nothing_is_refused_in_a_line(net):
+    with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to record; give at least one"):
+        recording.record(net, jnp.zeros((4, 0, 34, 34, 2)))

@@ -172,6 +172,14 @@ def test_a_still_image_is_convolved_once_and_shown_T_times():
     np.testing.assert_allclose(first, momentum * hidden, rtol=1e-4)  # moved once, not five times
 
 
+def test_no_samples_give_no_rates():
+    net = firing(small(channels=32))  # wide enough for every convolution that there is
+    net.eval()
+    loss, grads = nnx.value_and_grad(lambda net, x: net(x).sum())(net, jnp.zeros((4, 0, *net.shape)))
+    assert loss == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
+    assert net(jnp.zeros((4, 0, *net.shape))).shape == (0, 10)
+
+
 def test_an_image_repeated_as_frames_gives_what_the_image_gives():
     net, image = TinyNet(), jnp.asarray(cases.array(0, (2, 6, 6, 1)))
     net.eval()

@@ -49,10 +49,12 @@ def record(net, x, neurons=None, *, batch_size=None):
       Firing rates of the classes [B, classes], and {layer name: LayerRecord} in the order of the layers.
 
     Raises:
-      UserError: a layer that does not exist, an index beyond its neurons, or no such choice or batch_size.
+      UserError: a layer that does not exist, an index beyond its neurons, no such choice or batch_size, or an empty x.
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; give 1 or more samples at a time, or nothing for all")
+    if not x.size:
+        raise UserError(f"x of shape {x.shape} holds nothing to record; give at least one sample and one timestep")
     graphdef, state = nnx.split(net)
     batch_axis = x.ndim - 4  # 0 in images, 1 in frames
     size = x.shape[batch_axis]
