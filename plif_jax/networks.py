@@ -6,6 +6,7 @@ that leaves it. Positions in a part are those of the paper program's `Sequential
 """
 
 import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
