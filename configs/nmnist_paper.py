@@ -1,7 +1,7 @@
 """The paper's N-MNIST run: PLIF, tau0 = 2, max pooling, T = 10, 128 channels.
 
     python experiments/train.py -config configs/nmnist_paper.py -data_root DATA
-    python experiments/train_val.py -config configs/nmnist_paper.py -data_root DATA
+    python experiments/train_val.py -config configs/nmnist_paper.py -T 20 -data_root DATA
 
 The paper reports 99.61 % (accuracy-A) and 99.57 % (accuracy-B, T = 20) after 1024 epochs.
 """

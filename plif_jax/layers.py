@@ -170,18 +170,23 @@ class Dropout(nnx.Module):
 
 
 def _windows(x):
-    """The four values of every 2x2 window of x [..., H, W, C], row-major; an odd last row or column is dropped."""
+    """The four values of every 2x2 window of x [..., H, W, C] with even H and W, row-major."""
+    return [x[..., i::2, j::2, :] for i in (0, 1) for j in (0, 1)]
+
+
+def _even(x):
+    """x [..., H, W, C] without an odd last row or column."""
     H, W = x.shape[-3] // 2 * 2, x.shape[-2] // 2 * 2
-    return [x[..., i:H:2, j:W:2, :] for i in (0, 1) for j in (0, 1)]
+    return x[..., :H, :W, :]
 
 
 def max_pool(x):
     """2x2 max pooling of x [..., H, W, C] whose gradient goes to the first maximum, row-major, as in PyTorch.
 
-    Spikes tie constantly: `jnp.max` would share the gradient among all of them, which trains another network.
+    Spikes tie constantly: `jnp.max` would share the gradient among all of them, which trains another network. An odd
+    last row or column is dropped.
     """
-    H, W = x.shape[-3] // 2 * 2, x.shape[-2] // 2 * 2
-    return _max_pool(x[..., :H, :W, :])
+    return _max_pool(_even(x))
 
 
 @jax.custom_vjp
@@ -210,12 +215,26 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 def avg_pool(x):
     """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped."""
-    a, b, c, d = _windows(x)
+    a, b, c, d = _windows(_even(x))
     return (a + b + c + d) / 4
 
 
 def vote(spikes_TBN, classes):
     """Averages each class's group of adjacent output neurons: [T, B, N] to [T, B, classes]."""
+    return _groups(spikes_TBN, classes).mean(-1)
+
+
+def firing_rates(spikes_TBN, classes):
+    """Share of timesteps and of its group's neurons in which each class fired: [T, B, N] to [B, classes].
+
+    The votes' mean over time, but whole spikes are summed before one division: classes with as many spikes have the
+    same rate to the bit, whatever the batch, the devices and the precision, and `argmax` takes the first of them.
+    """
+    groups = _groups(spikes_TBN, classes)
+    return groups.sum((0, 3)) / (groups.shape[0] * groups.shape[3])
+
+
+def _groups(spikes_TBN, classes):
     T, B, N = spikes_TBN.shape
-    votes = spikes_TBN.reshape(T, B, classes, N // classes)
-    return votes.astype(jnp.promote_types(votes.dtype, jnp.float32)).mean(-1)
+    groups = spikes_TBN.reshape(T, B, classes, N // classes)
+    return groups.astype(jnp.promote_types(groups.dtype, jnp.float32))

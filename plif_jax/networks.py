@@ -15,7 +15,17 @@ from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import conv3x3, dot_general
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout, Linear, avg_pool, dropout_key, max_pool, torch_default_init, vote
+from plif_jax.layers import (
+    BatchNorm,
+    Dropout,
+    Linear,
+    avg_pool,
+    dropout_key,
+    firing_rates,
+    max_pool,
+    torch_default_init,
+    vote,
+)
 
 
 class Pool(nnx.Module):
@@ -221,6 +231,11 @@ class SpikingNet(nnx.Module):
         Returns:
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
         """
+        after, spikes = self._run(state, x, rngs, observe)
+        return after, vote(spikes, self.classes)
+
+    def _run(self, state, x, rngs, observe):
+        """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
         x, still = self._as_frames(x)
         if state is not None and len(state) != len(self.named_neurons()):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
@@ -240,7 +255,7 @@ class SpikingNet(nnx.Module):
                 x = layer(x)
             if observe is not None:
                 observe(name, layer, entering, x)
-        return tuple(after), vote(x, self.classes)
+        return tuple(after), x
 
     def _as_frames(self, x):
         """Checks x and gives it as [T, B, H, W, C] with whether it is a still image, T = 1."""
@@ -254,7 +269,7 @@ class SpikingNet(nnx.Module):
 
     def __call__(self, x, *, rngs=None, observe=None):
         """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest."""
-        return self.unroll(None, x, rngs=rngs, observe=observe)[1].mean(0)
+        return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
 
 
 def _fold_in(key, index):

@@ -190,6 +190,22 @@ def test_votes_average_adjacent_output_neurons():
     assert layers.vote(spikes.astype(jnp.bfloat16), 2).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_classes_that_fired_as_often_have_the_same_rate_in_any_batch(dtype, x64):
+    counts_BC = np.random.default_rng(0).integers(0, 101, (64, 4))
+    counts_BC[:, 2] = counts_BC[:, 1]
+    order = np.random.default_rng(1).permuted(np.broadcast_to(np.arange(100), (64, 4, 100)), axis=-1)
+    fired = order < counts_BC[..., None]  # another hundred places for every sample and class
+    spikes = jnp.asarray(fired.reshape(64, 4, 10, 10).transpose(2, 0, 1, 3).reshape(10, 64, 40), dtype)
+    rates = jax.jit(layers.firing_rates, static_argnums=1)
+    whole = rates(spikes, 4)
+    np.testing.assert_allclose(whole, counts_BC / 100, rtol=2e-7)
+    np.testing.assert_array_equal(whole[:, 1], whole[:, 2])
+    for batch in (1, 16):
+        parts = [rates(spikes[:, start : start + batch], 4) for start in range(0, 64, batch)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 def test_initial_weights_are_pytorchs_default():
     """U(-b, b) with b = 1 / sqrt(fan_in): the bound is kept and nearly reached, the deviation is b / sqrt(3)."""
     for shape, fan_in in [((3, 3, 8, 64), 72), ((300, 50), 300)]:

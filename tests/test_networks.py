@@ -219,6 +219,52 @@ def test_parameters_and_output_of_each_network(name, parameters, neuron_layers):
     assert votes.shape == (net.T, 3, net.classes) and len(state) == neuron_layers
 
 
+def layer_in_words(layer):
+    match type(layer).__name__:
+        case "Conv":
+            return f"conv {layer.in_features}-{layer.out_features}"
+        case "Linear":
+            return f"linear {layer.in_features}-{layer.out_features}"
+        case "Dropout":
+            return f"dropout {layer.rate}"
+        case kind:
+            return {"BatchNorm": "norm", "PLIF": "P", "Pool": "pool", "Flatten": None}[kind]
+
+
+FC_128 = "dropout 0.5, linear 8192-2048, P, dropout 0.5, linear 2048-100, P"
+
+
+@pytest.mark.parametrize(
+    "name, once, each_timestep",
+    [  # the paper's Table 1, layer by layer
+        (
+            "MNIST",
+            "conv 1-128, norm",
+            "P, pool, conv 128-128, norm, P, pool, dropout 0.5, linear 6272-2048, P, dropout 0.5, linear 2048-100, P",
+        ),
+        (
+            "CIFAR10",
+            "conv 3-256, norm",
+            "P, conv 256-256, norm, P, conv 256-256, norm, P, pool, conv 256-256, norm, P, conv 256-256, norm, P, "
+            "conv 256-256, norm, P, pool, dropout 0.5, linear 16384-2048, P, linear 2048-100, P",
+        ),
+        ("NMNIST", "", "conv 2-128, norm, P, pool, " + "conv 128-128, norm, P, pool, " + FC_128),
+        ("CIFAR10DVS", "", "conv 2-128, norm, P, pool, " + "conv 128-128, norm, P, pool, " * 3 + FC_128),
+        (
+            "DVS128Gesture",
+            "",
+            "conv 2-128, norm, P, pool, " + "conv 128-128, norm, P, pool, " * 4 + "dropout 0.5, linear 2048-512, P, "
+            "dropout 0.5, linear 512-110, P",
+        ),
+    ],
+    ids=["MNIST", "CIFAR10", "NMNIST", "CIFAR10DVS", "DVS128Gesture"],
+)
+def test_layers_of_each_network(name, once, each_timestep):
+    net = nnx.eval_shape(lambda: networks.NETWORKS[name](rngs=nnx.Rngs(0)))
+    words = [[layer_in_words(layer) for layer in part] for part in (net.static_conv, [*net.conv, *net.fc])]
+    assert [", ".join(filter(None, part)) for part in words] == [once, each_timestep]
+
+
 def test_settings_reach_every_neuron():
     net = small(init_tau=5.0, alpha_learnable=True, detach_reset=False)
     for neuron in net.named_neurons().values():

@@ -227,6 +227,46 @@ def test_learning_rate_follows_the_cosine_past_T_max(settings, x64):
     assert expected[4] < 1e-9 and expected[8] == pytest.approx(0.1)
 
 
+def test_adam_is_the_papers(settings, x64):
+    """Kingma and Ba, 2015, Algorithm 1, written out, under gradients that change."""
+    optimizer = state.adam(settings(), steps_per_epoch=100)
+    gradients = np.random.default_rng(0).normal(1, 3, 50)
+    now, m, v = optimizer.init(jnp.ones(())), 0.0, 0.0
+    for step_count, g in enumerate(gradients, 1):
+        update, now = optimizer.update(jnp.asarray(g), now)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = -1e-3 * (m / (1 - 0.9**step_count)) / (np.sqrt(v / (1 - 0.999**step_count)) + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=1e-9)
+
+
+def test_loss_is_the_squared_error_of_rates_and_accuracy_counts_the_largest(settings):
+    config, net = settings(), state.network(settings())
+    for layer in net.named_layers().values():
+        if hasattr(layer, "kernel"):
+            layer.kernel[...] *= 8  # all layers fire
+    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    x = np.random.default_rng(0).poisson(0.5, (8, config.T, 34, 34, 2)).astype(np.uint8)
+    keys = step.sample_keys(config, 0, jnp.arange(8))
+    rates = np.asarray(net(step.frames_for(config, jnp.asarray(x)), rngs=keys[1]))
+    y = np.where(np.arange(8) < 5, rates.argmax(-1), 9 - rates.argmax(-1))
+    loss, (accuracy, _) = step.loss_of(config, graphdef, params, batch_stats, jnp.asarray(x), jnp.asarray(y), keys)
+    assert np.ptp(rates) > 0 and accuracy == 5 / 8
+    np.testing.assert_allclose(loss, np.mean((rates - np.eye(10)[y]) ** 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 32])
+def test_every_256th_step_is_logged(settings, K):
+    logged, index = [], np.zeros((608, 8), int)
+    run = SimpleNamespace(main=True, logs=SimpleNamespace(add=lambda *point: logged.append(point)))
+    for first in range(600, 600 + 608, K):
+        at = np.arange(first, first + K)
+        metrics = {"loss": at / 10, "accuracy": at / 1000, "healthy": np.ones(K, bool), "asked": 0}
+        sums = loop.Run._account(run, first, K, metrics, index)
+        np.testing.assert_allclose(sums, [at.sum() / 10, at.sum() / 1000])
+    expected = [("train_accuracy", 0.768, 768), ("train_loss", 76.8, 768)]
+    assert logged == [*expected, ("train_accuracy", 1.024, 1024), ("train_loss", 102.4, 1024)]
+
+
 @pytest.mark.parametrize("val_ratio, chosen_by", [(None, "test_accuracy"), (0.15, "val_accuracy")])
 def test_of_equal_epochs_the_later_is_best(settings, tmp_path, monkeypatch, val_ratio, chosen_by):
     config = settings(log_dir_prefix=str(tmp_path), max_epoch=4, train_samples=80, val_ratio=val_ratio)
