@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from plif_jax.mapped import varying_as
+
 # Below these, Winograd's transforms cost more than the products they save.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
 
@@ -17,7 +19,6 @@ WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
 KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
-@jax.custom_vjp
 def conv3x3(x, kernel):
     """3x3 convolution, padding 1, stride 1, of x [N, H, W, C] with kernel [3, 3, C, O]: [N, H, W, O].
 
@@ -26,22 +27,27 @@ def conv3x3(x, kernel):
 
     Reference: Lavin and Gray, CVPR 2016, "Fast algorithms for convolutional neural networks".
     """
+    return _conv3x3(x, varying_as(x, kernel))
+
+
+@jax.custom_vjp
+def _conv3x3(x, kernel):
     if not _suits_winograd(x, kernel):
         return _direct(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
 
 
 def _forward(x, kernel):
-    return conv3x3(x, kernel), (x, kernel)
+    return _conv3x3(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):
     x, kernel = residuals
     kernel_bar = lax.platform_dependent(x, g, cpu=_kernel_gradient_by_image, default=_kernel_gradient)
-    return conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar
+    return _conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar
 
 
-conv3x3.defvjp(_forward, _backward)
+_conv3x3.defvjp(_forward, _backward)
 
 
 def _direct(x, kernel):
@@ -84,7 +90,7 @@ def _output_transform(m):
 
 
 def _kernel_gradient(x, g):
-    kernel = jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
+    kernel = varying_as(x, jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype))
     return jax.linear_transpose(lambda kernel: _direct(x, kernel), kernel)(g)[0]
 
 
@@ -101,7 +107,7 @@ def _kernel_gradient_by_image(x, g):
         return total + jnp.einsum("nhwo,nhwp->op", g, patches, preferred_element_type=dtype), None
 
     chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]
-    total, _ = lax.scan(add, jnp.zeros((features, 9 * x.shape[-1]), dtype), chunks)
+    total, _ = lax.scan(add, varying_as(x, jnp.zeros((features, 9 * x.shape[-1]), dtype)), chunks)
     return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1).astype(x.dtype)
 
 

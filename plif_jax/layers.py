@@ -10,18 +10,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from plif_jax.errors import UserError
+from plif_jax.mapped import mean_over_devices, varying_as
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions and linear layers.
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def mean_over_devices(tree, axis_name):
-    """The mean over a mapped axis; of one device, or without an axis, what was given: `lax.pmean` would copy it."""
-    return tree if axis_name is None or lax.axis_size(axis_name) == 1 else lax.pmean(tree, axis_name)
 
 
 class BatchNorm(nnx.Module):
@@ -50,11 +47,13 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x_TBC):
         """Normalises x [T, B, ..., C]; in training mode also moves the running statistics T times."""
-        scale, bias = self.scale[...], self.bias[...]
+        along_C = (1,) * (x_TBC.ndim - 1) + (-1,)
+        scale, bias = self.scale[...].reshape(along_C), self.bias[...].reshape(along_C)
         if self.use_running_average:
-            y = (_wide(x_TBC) - self.mean[...]) * (scale * lax.rsqrt(self.var[...] + self.eps)) + bias
+            mean, var = self.mean[...].reshape(along_C), self.var[...].reshape(along_C)
+            y = (_wide(x_TBC) - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
         else:
-            y, mean, var = _normalize(self.eps, self.axis_name, x_TBC, scale, bias)
+            y, mean, var = _normalize(self.eps, self.axis_name, x_TBC, *varying_as(x_TBC, (scale, bias)))
             count = y[0, ..., 0].size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
             self._move(self.mean, mean.reshape(len(y), -1))
             # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
@@ -68,6 +67,11 @@ class BatchNorm(nnx.Module):
         weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
         running[...] = keep**T * running[...] + weights_T @ new_TC
 
+    def set_view(self, use_running_average: bool | None = None):
+        """For `nnx.view`: whether running statistics normalise, as in evaluation."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
 
 def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -76,6 +80,8 @@ def _wide(x):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _normalize(eps, axis_name, x, scale, bias):
     """x [T, B, ..., C] normalised by its statistics [T, 1, ..., C], and these, which send back no gradient.
+
+    scale and bias are [1, ..., C].
 
     The gradient in closed form (Ioffe and Szegedy, 2015), for g = dL/dy, x^ = (x - mean) / sqrt(var + eps) and means
     over what shares a statistic,
@@ -103,7 +109,7 @@ def _normalize_backward(eps, axis_name, residuals, cotangents):
     mean_g, mean_gx = (s.mean(axes, keepdims=True) for s in (g, g * centred))
     mean_gx *= inverse
     count = x[0, ..., 0].size
-    scale_bar, bias_bar = (count * s.reshape(-1, s.shape[-1]).sum(0) for s in (mean_gx, mean_g))
+    scale_bar, bias_bar = (count * s.sum(0, keepdims=True) for s in (mean_gx, mean_g))
     mean_g, mean_gx = (mean_over_devices(s, axis_name) for s in (mean_g, mean_gx))
     x_bar = (g - mean_g - centred * (inverse * mean_gx)) * (scale * inverse)
     return x_bar.astype(x.dtype), scale_bar, bias_bar
@@ -135,11 +141,23 @@ class Linear(nnx.Linear):
         y = lax.map(super().__call__, rows.reshape(-1, self.ROWS, features))
         return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, y.shape[-1])
 
+    def set_view(self, use_running_average: bool | None = None):
+        """For `nnx.view`: evaluation mode, named as in `BatchNorm`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
 
 def dropout_key(rngs):
-    """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, or nnx.Rngs."""
-    key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream."""
+    if isinstance(rngs, nnx.Rngs | nnx.RngStream):
+        return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
+    if not isinstance(rngs, jax.Array | np.ndarray) or rngs.ndim == 0 and not _is_key(rngs):
+        raise UserError(f"rngs is {rngs!r}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)")
+    return rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
+
+
+def _is_key(rngs):
+    return jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key)
 
 
 class Dropout(nnx.Module):
@@ -155,18 +173,29 @@ class Dropout(nnx.Module):
         self.deterministic = False
 
     def __call__(self, x_TBF, rngs=None):
-        """Masks x [T, B, ...]; rngs is a key, keys [B], or nnx.Rngs. Identity in evaluation mode or at rate 0."""
+        """Masks x [T, B, ...]; rngs is a key, keys [B], or nnx.Rngs. Identity in evaluation mode or at rate 0.
+
+        Raises:
+          UserError: no key in training mode, no such key, or not one for each sample.
+        """
         if self.deterministic or self.rate == 0:
             return x_TBF
         if rngs is None:
             raise UserError(
-                "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)), "
-                "or switch it off with net.set_attributes(deterministic=True)"
+                "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
+                "evaluate, or switch it off alone with net.set_attributes(deterministic=True)"
             )
-        keys = dropout_key(rngs)
-        keys_B = keys if keys.ndim else jax.random.split(keys, x_TBF.shape[1])
+        keys, B = dropout_key(rngs), x_TBF.shape[1]
+        if keys.ndim and keys.shape != (B,):
+            raise UserError(f"rngs are keys {list(keys.shape)} for {B} samples; give one key, or one for each sample")
+        keys_B = keys if keys.ndim else jax.random.split(keys, B)
         keep_BF = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_TBF.shape[2:]))(keys_B)
-        return jnp.where(keep_BF, x_TBF / (1 - self.rate), 0)
+        return jnp.where(keep_BF[None], x_TBF / (1 - self.rate), 0)
+
+    def set_view(self, deterministic: bool | None = None):
+        """For `nnx.view`: whether the dropout is off."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
 
 def _windows(x):

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from plif_jax import neurons, surrogate
@@ -180,6 +181,9 @@ class SpikingNet(nnx.Module):
       use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.
       dtype: of convolutions and linear layers, bfloat16 say; membranes and parameters stay float32 or better.
       rngs: source of the initial weights.
+
+    Raises:
+      UserError: T is not a whole number from 1, tau not above 1, or a feature map too small to be pooled.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -199,8 +203,8 @@ class SpikingNet(nnx.Module):
         dtype=None,
         rngs,
     ):
-        if T < 1:
-            raise UserError(f"T is {T}; a network runs for 1 timestep or more")
+        if not _whole(T):
+            raise UserError(f"T is {T}; a network runs for a whole number of timesteps, 1 or more")
         self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
         self.use_plif, self.use_max_pool = use_plif, use_max_pool
         self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
@@ -230,13 +234,16 @@ class SpikingNet(nnx.Module):
 
         Returns:
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
+
+        Raises:
+          UserError: x or a membrane is of another shape; dropout in training mode has no key.
         """
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)
 
     def _run(self, state, x, rngs, observe):
         """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
-        x, still = self._as_frames(x)
+        x, still = self._as_frames(jnp.asarray(x))
         if state is not None and len(state) != len(self.named_neurons()):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
         key = None if rngs is None else dropout_key(rngs)
@@ -268,8 +275,20 @@ class SpikingNet(nnx.Module):
         return (x[None] if still else x), still
 
     def __call__(self, x, *, rngs=None, observe=None):
-        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest."""
+        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest.
+
+        Raises:
+          UserError: x is of another shape or has no timestep; dropout in training mode has no key.
+        """
+        x = jnp.asarray(x)
+        if x.ndim == 5 and len(x) == 0:
+            raise UserError(f"x of shape {x.shape} has no timestep, in which nothing can fire; give at least one")
         return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
+
+
+def _whole(n):
+    """Whether n is a whole number from 1."""
+    return isinstance(n, int | np.integer) and n >= 1
 
 
 def _fold_in(key, index):
@@ -302,6 +321,9 @@ class EventNet(SpikingNet):
       channels: width of every convolution; 128 in the paper.
       number_layer: number of convolutions, each halving the sensor.
       (others as in `SpikingNet`)
+
+    Raises:
+      UserError: as `SpikingNet`; or channels or number_layer is not a whole number from 1.
     """
 
     dataset: str
@@ -310,8 +332,8 @@ class EventNet(SpikingNet):
         facts = DATASETS[self.dataset]
         channels = facts.channels if channels is None else channels
         number_layer = facts.number_layer if number_layer is None else number_layer
-        if channels < 1 or number_layer < 1:
-            raise UserError(f"channels is {channels} and number_layer {number_layer}; both are 1 or more")
+        if not _whole(channels) or not _whole(number_layer):
+            raise UserError(f"channels is {channels} and number_layer {number_layer}; both are whole numbers from 1")
         table = event_table(channels, number_layer, facts.classes)
         super().__init__(table, facts.shape, facts.classes, T=facts.T if T is None else T, **settings)
 

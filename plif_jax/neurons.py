@@ -24,6 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import surrogate as surrogates
 from plif_jax.errors import UserError
+from plif_jax.mapped import varying_as
 
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
 # the steps is slower than none: each part's inputs are copied.
@@ -38,6 +39,9 @@ class Neuron(nnx.Module):
       v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
       detach_reset: lets no gradient through the spike in the reset, as the paper trains.
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
+
+    Raises:
+      UserError: surrogate is no function.
     """
 
     def __init__(
@@ -51,6 +55,9 @@ class Neuron(nnx.Module):
         self.v_reset = v_reset
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
+        if isinstance(surrogate, type) or not callable(self.surrogate):
+            name = surrogate.__name__ if isinstance(surrogate, type) else repr(surrogate)
+            raise UserError(f"surrogate is {name}; give one that is made, surrogate.ATan() say")
 
     def charge(self, v, x):
         """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise."""
@@ -74,6 +81,9 @@ class Neuron(nnx.Module):
 
         Returns the membrane after the last step and the spikes [T, ...]. Feeding a sequence in chunks, the membrane
         carried over, gives what one call gives; a chunk of one timestep is live inference.
+
+        Raises:
+          UserError: x has no axis of time, or v is not of the shape of one timestep.
         """
         x = _currents(x)
         rest = self.rest(x)
@@ -84,12 +94,12 @@ class Neuron(nnx.Module):
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
-        return _run(graphdef, _kernels(), params, other, v, x)
+        return _run(graphdef, _kernels(), *varying_as(x, (params, other, v)), x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
         x = _currents(x)
-        return lax.scan(self.step, self.rest(x) if v is None else v, x)
+        return lax.scan(self.step, varying_as(x, self.rest(x) if v is None else v), x)
 
     def __call__(self, x):
         """Spikes [T, ...] in answer to currents x [T, ...], from rest."""
@@ -99,6 +109,8 @@ class Neuron(nnx.Module):
 def _currents(x):
     """Currents as floating-point numbers, for spikes have their type: whole ones would have no gradient."""
     x = jnp.asarray(x)
+    if x.ndim == 0:
+        raise UserError("currents are one number; give [T, ...], the first axis the timesteps")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
@@ -159,7 +171,7 @@ def _sequence(graphdef, kernels, params, other, v, x):
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x):
-        return _scan(partial(step, params), net.rest(x) if v is None else v, x)
+        return _scan(partial(step, params), varying_as(x, net.rest(x)) if v is None else v, x)
 
     def kernel(params, v, x):
         v = _or_zero(net.v_reset) if v is None else v
@@ -184,8 +196,8 @@ def _sequence_backward(graphdef, kernels, residuals, cotangents):
     s_bar = jax.tree.map(lambda b: jnp.zeros(b.aval.shape, b.aval.dtype) if isinstance(b, SymbolicZero) else b, s_bar)
 
     def scan(params, v, x, v_bar, s_bar):
-        begin = net.rest(x) if v is None else v
-        v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
+        begin = varying_as(x, net.rest(x)) if v is None else v
+        v_bar = varying_as(x, jnp.zeros_like(begin)) if v_bar is None else v_bar
         _, v_before = _scan(lambda v, x: (step(params, v, x)[0], v), begin, x)
 
         def backward_step(carry, inputs):
@@ -194,7 +206,7 @@ def _sequence_backward(graphdef, kernels, residuals, cotangents):
             step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
             return (v_bar, jax.tree.map(jnp.add, params_bar, step_params_bar)), x_bar
 
-        carry = (v_bar, jax.tree.map(jnp.zeros_like, params))
+        carry = (v_bar, varying_as(x, jax.tree.map(jnp.zeros_like, params)))
         (v_bar, params_bar), x_bar = _scan(backward_step, carry, (v_before, x, s_bar), reverse=True)
         return params_bar, None if v is None else v_bar, x_bar
 
@@ -264,6 +276,9 @@ class LIF(Neuron):
     Args:
       tau: membrane time constant in timesteps, above 1 for a leak that leaves something.
       (others as in `Neuron`)
+
+    Raises:
+      UserError: tau is not above 1.
     """
 
     def __init__(self, tau: float = 2.0, **kwargs):
@@ -286,6 +301,9 @@ class PLIF(Neuron):
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).
       param_dtype: of w.
       (others as in `Neuron`)
+
+    Raises:
+      UserError: init_tau is not above 1.
     """
 
     def __init__(self, init_tau: float = 2.0, *, param_dtype=float, **kwargs):
@@ -309,6 +327,6 @@ class PLIF(Neuron):
 
 
 def _checked_tau(name, tau):
-    if not tau > 1:
-        raise UserError(f"{name} is {tau}; a membrane time constant is above 1 timestep, 2.0 in the paper")
+    if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < math.inf:
+        raise UserError(f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
     return tau

@@ -1,6 +1,6 @@
 """Four virtual CPU devices and one cache of compiled programs, set up before anything imports JAX.
 
-Warnings of our own code are errors.
+Warnings of our own code are errors, and so is rank promotion.
 """
 
 import os
@@ -20,6 +20,10 @@ import jax
 import pytest
 
 from plif_jax import neurons
+
+
+# Shapes that differ in their number of axes are a mistake more often than a wish.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):

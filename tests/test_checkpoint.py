@@ -75,6 +75,20 @@ def test_kept_are_the_last_two_the_best_and_timed_ones(tmp_path, monkeypatch):
     assert kept(tmp_path / "timed") == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("name, refused", [("MNIST", False), ("NMNIST", True)])
+def test_settings_of_event_networks_may_differ_for_images(tmp_path, name, refused):
+    config = Config(dataset_name=name)
+    with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(state_of(5), {}, 0.5)
+    other = dataclasses.replace(config, channels=3, number_layer=1, split_by="time", normalization="max")
+    with checkpoint.Checkpoints(tmp_path, other) as checkpoints:
+        if refused:
+            with pytest.raises(UserError, match="channels was 128, is 3; number_layer was 2, is 1"):
+                checkpoints.restore(state_of(0))
+        else:
+            assert int(checkpoints.restore(state_of(0))[0]["step"]) == 5
+
+
 def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"runs\[1\]/x: \S in it; give -log_dir_prefix"):
         checkpoint.Checkpoints(tmp_path / "runs[1]" / "x", CONFIG)

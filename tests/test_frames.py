@@ -105,6 +105,8 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
         ({"t": [], "x": [], "y": [], "p": []}, "no events"),
         ({"t": [0.5, 0.7]}, "column t holds fractions: times are whole microseconds"),
+        ({"t": [1.0, np.inf]}, "column t holds fractions"),
+        ({"t": ["1", "2"]}, "column t holds <U1"),
         ({"x": [0]}, "columns t, x, y, p differ: 2, 1, 2 and 2 values"),
     ],
 )
@@ -113,6 +115,24 @@ def test_bad_events_are_named(change, says):
     for T in (2, 4):  # a frame for each event, or both in the last one
         with pytest.raises(UserError, match=says):
             frames.integrate(events, 24, 32, T)
+
+
+@pytest.mark.parametrize(
+    ("events", "says"),
+    [
+        ({"t": [1], "x": [0], "y": [0]}, r"columns t, x, y and p; p is missing in \['t', 'x', 'y'\]"),
+        (np.zeros(1, [("t", "i8"), ("x", "i2"), ("y", "i2")]), r"p is missing in \('t', 'x', 'y'\)"),
+        (np.zeros((3, 4)), "t is missing in ndarray without names"),
+    ],
+)
+def test_missing_columns_are_named(events, says):
+    with pytest.raises(UserError, match=says):
+        frames.integrate(events, 24, 32, 2)
+
+
+def test_a_sensor_has_pixels():
+    with pytest.raises(UserError, match="a sensor of 0 x 32 pixels has none"):
+        frames.integrate({"t": [1], "x": [0], "y": [0], "p": [0]}, 0, 32, 2)
 
 
 @pytest.mark.parametrize(

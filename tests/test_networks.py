@@ -172,6 +172,14 @@ def test_a_still_image_is_convolved_once_and_shown_T_times():
     np.testing.assert_allclose(first, momentum * hidden, rtol=1e-4)  # moved once, not five times
 
 
+def test_views_switch_modes_as_those_of_flax_do():
+    net = firing(small())
+    view, x = nnx.view(net, deterministic=True, use_running_average=True), frames(net)
+    net.eval()
+    np.testing.assert_array_equal(view(x), net(x))
+    assert nnx.view(net, use_running_average=False).conv[1].use_running_average is False
+
+
 def test_no_samples_give_no_rates():
     net = firing(small(channels=32))  # wide enough for every convolution that there is
     net.eval()
@@ -292,8 +300,10 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: small(T=0), "T is 0; .* 1 timestep or more"),
+        (lambda: small(T=0), "T is 0; .* whole number of timesteps, 1 or more"),
+        (lambda: small(T=2.5), "T is 2.5; .* whole number"),
         (lambda: small(channels=0), "channels is 0"),
+        (lambda: small(number_layer="2"), "whole numbers from 1"),
         (lambda: small(number_layer=0), "number_layer 0"),
         (lambda: small(number_layer=6), "1x1 feature map cannot be halved.*number_layer"),
         (lambda: small(number_layer=5, channels=3), "3 values reach the first linear layer, 4 at least"),
@@ -307,7 +317,8 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
             r"\(2, 34, 34, 2\); .* takes frames \[T, B, 34, 34, 2\]",
         ),
         (lambda: small().unroll((), jnp.zeros((4, 2, 34, 34, 2))), "a state of 0 membranes; this network has 4"),
-        (lambda: small()(jnp.zeros((4, 2, 34, 34, 2))), "dropout in training mode needs a key"),
+        (lambda: small()(jnp.zeros((4, 2, 34, 34, 2))), r"needs a key: .* net.eval\(\) to evaluate"),
+        (lambda: firing(small())(jnp.zeros((0, 2, 34, 34, 2))), "no timestep"),
     ],
 )
 def test_mistakes_are_told_in_one_line(make, message):

@@ -299,12 +299,23 @@ def test_no_timestep_leaves_the_membrane_alone():
 # Mistakes
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan])
+@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan, math.inf, "2", np.array([2.0, 3.0])])
 def test_tau_of_one_or_less_is_refused(tau):
     with pytest.raises(UserError, match=r"above 1 timestep"):
         neurons.PLIF(tau)
     with pytest.raises(UserError, match=r"above 1 timestep"):
         neurons.LIF(tau)
+
+
+@pytest.mark.parametrize(("given", "said"), [(surrogate.ATan, "ATan"), ("atan", "'atan'")])
+def test_a_surrogate_is_made_before_it_is_given(given, said):
+    with pytest.raises(UserError, match=rf"surrogate is {said}; give one that is made"):
+        neurons.PLIF(surrogate=given)
+
+
+def test_a_current_has_an_axis_of_time():
+    with pytest.raises(UserError, match=r"currents are one number; give \[T, \.\.\.\]"):
+        neurons.PLIF()(1.0)
 
 
 def test_a_membrane_of_another_shape_is_refused():

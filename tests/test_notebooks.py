@@ -2,6 +2,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import jax
 import matplotlib
 import pytest
 
@@ -31,8 +32,9 @@ def test_a_notebook_runs(path, folder, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     matplotlib.use("Agg")
     names = {"__name__": path.stem}
-    for number, cell in code_cells(path):
-        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # as wherever a notebook is opened
+        for number, cell in code_cells(path):
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
     matplotlib.pyplot.close("all")
 
 

@@ -319,6 +319,13 @@ def test_other_settings_are_refused_by_name(settings, whole):
         loop.train(other, say=lambda line: None)
 
 
+def test_a_run_that_cannot_begin_leaves_nothing(settings, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path), val_ratio=0.15, train_samples=20)
+    with pytest.raises(UserError, match=r"leaves no sample to val: give -train_samples 70 or more, or a larger"):
+        loop.train(config, say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_data_are_refused(whole, monkeypatch):
     """-data_root may change, what is found there may not."""
     config, dataset = whole[0], data.load(whole[0], progress=False)

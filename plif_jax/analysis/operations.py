@@ -86,7 +86,9 @@ def _count(graphdef, state, x, reach):
         whole = (entering == jnp.round(entering)) & (not name.startswith("static_conv"))
         spikes = jnp.where(whole, jnp.abs(entering), 0).astype(jnp.int32)
         analog = (~whole).astype(jnp.int32)
-        counts[name] = tuple(jnp.sum(a * reach[name], axis=tuple(range(2, a.ndim))) for a in (spikes, analog))
+        counts[name] = tuple(
+            jnp.sum(a * reach[name][None, None], axis=tuple(range(2, a.ndim))) for a in (spikes, analog)
+        )
 
     evaluate(graphdef, state, x, observe)
     return counts

@@ -35,7 +35,7 @@ def preprocess(name: str, x: jax.Array, keys: jax.Array | None = None) -> jax.Ar
         return x.astype(dtype)
     if keys is not None and name in _AUGMENT:
         x = jax.vmap(_AUGMENT[name])(x, keys)
-    mean, std = jnp.asarray(MEAN_STD[name], dtype)
+    mean, std = jnp.asarray(MEAN_STD[name], dtype)[:, None, None, None]
     return (x.astype(dtype) / 255 - mean) / std
 
 
@@ -62,7 +62,7 @@ def affine(image: jax.Array, angle: jax.Array, shift: jax.Array, scale: jax.Arra
     cos, sin = jnp.cos(radians) / scale, jnp.sin(radians) / scale
     inverse = jnp.array([[cos, sin], [-sin, cos]])  # from output (x, y) to input (x, y)
     # Where the centre of output pixel (0, 0) comes from. Not a matmul: accelerators may round its inputs.
-    origin = (inverse * (0.5 - centre - shift)).sum(1) + centre
+    origin = (inverse * (0.5 - centre - shift)[None]).sum(1) + centre
 
     # Pillow rounds the matrix and the origin once and then steps from pixel to pixel in integers.
     inverse, origin = (jnp.floor(v * 65536 + 0.5).astype(jnp.int32) for v in (inverse, origin))

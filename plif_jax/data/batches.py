@@ -64,7 +64,10 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
     parts["train"] = Samples(dataset.train, train)
     for name, part in parts.items():
         if len(part) == 0:
-            more = "a larger -train_samples or -val_ratio" if name == "val" else f"more {name} samples"
+            more = f"more {name} samples"
+            if name == "val":  # so many of each class that one of them is left over
+                enough = config.facts.classes * math.ceil(1 / config.val_ratio)
+                more = f"-train_samples {enough} or more, or a larger -val_ratio"
             raise UserError(f"{dataset.name} leaves no sample to {name}: give {more} (found {dataset.source})")
     if len(train) < config.batch_size:
         raise UserError(f"{len(train)} training samples make no batch of -batch_size {config.batch_size}")

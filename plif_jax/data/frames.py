@@ -3,6 +3,8 @@
 Events are (t, x, y, p) in order of time; a frame counts, per pixel and polarity, the events of one slice of them.
 """
 
+from collections.abc import Mapping
+
 import numba
 import numpy as np
 
@@ -47,13 +49,15 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         with p = 0, channel 1 all others.
 
     Raises:
-        UserError: no events, columns that differ in length, times that decrease, coordinates outside the sensor, T < 1,
-            or an unknown name.
+        UserError: no events, columns that are missing, differ in length or are no whole numbers, times that decrease,
+            coordinates outside the sensor, T < 1, or an unknown name.
 
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    t_N, x_N, y_N, p_N = (_integers(name, events[name]) for name in "txyp")
+    if min(height, width) < 1:
+        raise UserError(f"a sensor of {height} x {width} pixels has none: height and width are at least 1.")
+    t_N, x_N, y_N, p_N = (_integers(name, _column(events, name)) for name in "txyp")
     t_N = t_N.astype(np.int64, copy=False)  # a difference may be larger than a smaller type holds
     if len(t_N) == 0:
         raise UserError("there are no events: frames need at least one.")
@@ -81,10 +85,22 @@ def check_settings(T, split_by, normalization):
             raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
 
 
+def _column(events, name):
+    try:
+        return events[name]
+    except (KeyError, IndexError, ValueError):
+        there = getattr(getattr(events, "dtype", None), "names", None) or (
+            list(events) if isinstance(events, Mapping) else f"{type(events).__name__} without names"
+        )
+        raise UserError(f"events have columns t, x, y and p; {name} is missing in {there}.") from None
+
+
 def _integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
     column = np.asarray(column)
-    if column.dtype.kind == "f" and (column != np.trunc(column)).any():
+    if column.dtype.kind not in "biuf":
+        raise UserError(f"column {name} holds {column.dtype}: times and coordinates are whole numbers.")
+    if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.trunc(column))).all():
         raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
     kept = column.dtype.kind in "ib" and column.dtype.isnative
     return column if kept else column.astype(np.int64)

@@ -48,6 +48,9 @@ MAY_CHANGE = {
     "process_id",
 }
 
+# Settings that images leave unused.
+OF_EVENTS = {"channels", "number_layer", "split_by", "normalization", "cifar10dvs_split"}
+
 
 class _Best:
     """Preserves the checkpoint with the best score; of equals the later, as the paper's program has it."""
@@ -227,10 +230,11 @@ class Checkpoints:
 
     def _refuse_others(self, before):
         now = dataclasses.asdict(self.config)
+        ignored = MAY_CHANGE | (set() if self.config.facts.events else OF_EVENTS)
         differing = [
             f"{name} was {before.get(name)}, is {value}"
             for name, value in now.items()
-            if name not in MAY_CHANGE and before.get(name) != value
+            if name not in ignored and before.get(name) != value
         ]
         if differing:
             raise UserError(

@@ -46,9 +46,10 @@ def train(config, say=print) -> dict:
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     try:
+        parts = batches.partition(config, dataset)
         # Listening to the end: a signal while the last checkpoint is written must not stop that.
         with signals.listening() as stop, Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
-            return Run(config, dataset, chosen, checkpoints, stop, say).finish()
+            return Run(config, dataset, parts, chosen, checkpoints, stop, say).finish()
     except BrokenPipeError:  # nobody reads what is said any more
         raise
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
@@ -66,10 +67,10 @@ class Run:
     tells the data from other data.
     """
 
-    def __init__(self, config, dataset, chosen, checkpoints, stop, say):
+    def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say):
         self.config, self.devices, self.checkpoints, self.stop, self.say = config, chosen, checkpoints, stop, say
         self.main = jax.process_index() == 0
-        self.parts = batches.partition(config, dataset)
+        self.parts = parts
         digests = {name: batches.digest(part) for name, part in self.parts.items()}
         distributed.agree({f"{d['samples']} samples of {n},": f"digest {d['sha256'][:8]}" for n, d in digests.items()})
         self.steps_per_epoch = len(self.parts["train"]) // config.batch_size

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jax import lax
 
-from plif_jax import layers
 from plif_jax.data.augment import preprocess
+from plif_jax.mapped import mean_over_devices
 from plif_jax.training.state import AXIS, TrainState
 
 
@@ -81,7 +81,7 @@ def make_train(config, graphdef, optimizer, devices, data_axis):
         keys = sample_keys(config, state.step, positions)
         grad = jax.value_and_grad(partial(loss_of, config, graphdef), has_aux=True)
         (loss, (accuracy, batch_stats)), grads = grad(state.params, state.batch_stats, x[index_b], y[index_b], keys)
-        loss, accuracy, grads = layers.mean_over_devices((loss, accuracy, grads), AXIS)
+        loss, accuracy, grads = mean_over_devices((loss, accuracy, grads), AXIS)
         # One infinite or undefined value makes the sum so.
         healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(optax.tree.sum(grads))
 
