@@ -151,7 +151,7 @@ def dropout_key(rngs):
     """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream."""
     if isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
-    if not isinstance(rngs, jax.Array | np.ndarray) or rngs.ndim == 0 and not _is_key(rngs):
+    if not isinstance(rngs, jax.Array | np.ndarray) or (rngs.ndim == 0 and not _is_key(rngs)):
         raise UserError(f"rngs is {rngs!r}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)")
     return rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
 

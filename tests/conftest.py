@@ -21,7 +21,6 @@ import pytest
 
 from plif_jax import neurons
 
-
 # Shapes that differ in their number of axes are a mistake more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
