@@ -149,7 +149,7 @@ def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
         with pytest.raises(UserError, match=rf"keys \[{count}\] for 3 samples; give one key, or one for each"):
             layers.Dropout(0.5)(x, jax.random.split(jax.random.key(0), count))
     for rngs in (0, "a key", jnp.zeros(())):
-        with pytest.raises(UserError, match="rngs is .*; give jax.random.key"):
+        with pytest.raises(UserError, match=r"rngs is .*; give jax\.random\.key"):
             layers.Dropout(0.5)(x, rngs)
 
 
