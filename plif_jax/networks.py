@@ -250,11 +250,12 @@ class SpikingNet(nnx.Module):
         before = None if state is None else iter(state)
         after = []
         for index, (name, layer) in enumerate(self.named_layers().items()):
-            if still and index == len(self.static_conv):
+            shown = still and index == len(self.static_conv)
+            if shown and (observe is not None or not isinstance(layer, neurons.Neuron)):
                 x = jnp.broadcast_to(x, (self.T, *x.shape[1:]))
             entering = x
             if isinstance(layer, neurons.Neuron):
-                v, x = layer.unroll(None if before is None else next(before), x)
+                v, x = layer.unroll(None if before is None else next(before), x, T=self.T if shown else None)
                 after.append(v)
             elif isinstance(layer, Dropout):
                 x = layer(x, None if key is None else _fold_in(key, index))

@@ -29,16 +29,18 @@ ARITHMETIC = {
 }
 
 
-def fits(step, params, v, x):
-    """Whether a step can run as a kernel on currents x [T, ...] from membranes v, None at rest."""
-    if x.ndim < 2 or not 0 < len(x) <= HELD or not 0 < x.size < 2**31 or x.dtype not in (jnp.float32, jnp.bfloat16):
+def fits(step, T, params, v, x):
+    """Whether a step can run as a kernel on currents x [T or 1, ...] from membranes v, None at rest."""
+    if x.ndim < 2 or not 0 < T <= HELD or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    if not 0 < T * x[0].size < 2**31:
         return False
     if v is not None and (v.shape != x.shape[1:] or v.dtype != jnp.float32):
         return False
     if any(leaf.shape or leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         return False
     try:
-        of_blocks = [(_step(step, params, x, n), _gradient(step, params, x, n)) for n in (1, 2)]
+        of_blocks = [(_step(step, T, params, x, n), _gradient(step, T, params, x, n)) for n in (1, 2)]
     except Exception:  # whatever a step makes of one neuron after the other in place of its own shape
         return False
     # What depends on the shape it sees is not elementwise either.
@@ -46,53 +48,56 @@ def fits(step, params, v, x):
         return False
     forward, backward = of_blocks[0]
     types = [(aval.shape, aval.dtype) for aval in forward.out_avals]
-    block = (_block(x),)
+    block = (_block(T),)
     return types == [(block, jnp.float32), (block, x.dtype)] and all(map(_elementwise, (forward, backward)))
 
 
-def spikes(step, params, v, x):
-    """s [T, ...] in answer to currents x [T, ...] from the membranes v."""
-    forward, T = _step(step, params, x), len(x)
+def spikes(step, T, params, v, x):
+    """s [T, ...] in answer to currents x [T or 1, ...] from the membranes v."""
+    forward, rows = _step(step, T, params, x), len(x)
 
     def kernel(params, v, x, s):
-        for t, current in enumerate(_loaded(x, T)):
+        for t, current in enumerate(_loaded(x, rows, T)):
             v, s[t] = _evaluate(forward, *params, v, current)
 
-    (s,), _ = _call(kernel, params, v, [x], [(T, x.dtype)])
-    return s.reshape(x.shape)
+    (s,), _ = _call(kernel, T, params, v, [x], [(T, x.dtype)])
+    return s.reshape(T, *x.shape[1:])
 
 
-def last(step, params, v, x):
-    """The membranes [...] after the last of the currents x [T, ...]."""
-    forward, T = _step(step, params, x), len(x)
+def last(step, T, params, v, x):
+    """The membranes [...] after T timesteps of currents x [T or 1, ...]."""
+    forward, rows = _step(step, T, params, x), len(x)
 
     def kernel(params, v, x, after):
-        for current in _loaded(x, T):
+        for current in _loaded(x, rows, T):
             v, _ = _evaluate(forward, *params, v, current)
         after[0] = v
 
-    (v,), _ = _call(kernel, params, v, [x], [(1, jnp.float32)])
+    (v,), _ = _call(kernel, T, params, v, [x], [(1, jnp.float32)])
     return v.reshape(x.shape[1:])
 
 
-def gradient(step, params, v, x, v_bar, s_bar):
+def gradient(step, T, params, v, x, v_bar, s_bar):
     """(params_bar, v_bar, x_bar) of a sequence, from the gradients of its last membranes, None for 0, and its spikes.
 
     v_bar of membranes that are a number is None.
     """
-    forward, backward, T = _step(step, params, x), _gradient(step, params, x), len(x)
+    forward, backward, rows = _step(step, T, params, x), _gradient(step, T, params, x), len(x)
 
     def kernel(params, v, x, s_bar, *others):
         *v_bar, x_bar, before_bar = others if jnp.ndim(whole_v) else (*others, None)
-        currents, bars, before = _loaded(x, T), _loaded(s_bar, T), []
+        currents, bars, before = _loaded(x, rows, T), _loaded(s_bar, T, T), []
         for current in currents:
             before.append(v)
             v, _ = _evaluate(forward, *params, v, current)
         bar = v_bar[0][0] if v_bar else jnp.zeros_like(v)
-        totals = [jnp.zeros_like(v) for _ in params]
+        totals, of_current = [jnp.zeros_like(v) for _ in params], jnp.zeros_like(v)
         for t in reversed(range(T)):
-            *terms, bar, x_bar[t] = _evaluate(backward, *params, before[t], currents[t], bar, bars[t])
+            *terms, bar, term = _evaluate(backward, *params, before[t], currents[t], bar, bars[t])
             totals = [total + term for total, term in zip(totals, terms, strict=True)]
+            of_current = of_current + term if rows < T else term
+            if t < rows:
+                x_bar[t] = of_current
         if before_bar is not None:
             before_bar[0] = bar
         # Beyond the last neuron a current is 0, where a derivative may be infinite.
@@ -100,15 +105,16 @@ def gradient(step, params, v, x, v_bar, s_bar):
 
     whole_v = v
     arrays = [x, s_bar] + ([] if v_bar is None else [v_bar])
-    results = [(T, x.dtype)] + [(1, jnp.float32)] * (jnp.ndim(v) > 0)
-    (x_bar, *v_bar), sums = _call(kernel, params, v, arrays, results, sums=len(jax.tree.leaves(params)))
+    results = [(rows, x.dtype)] + [(1, jnp.float32)] * (jnp.ndim(v) > 0)
+    (x_bar, *v_bar), sums = _call(kernel, T, params, v, arrays, results, sums=len(jax.tree.leaves(params)))
     params_bar = jax.tree.unflatten(jax.tree.structure(params), sums)
     return params_bar, v_bar[0].reshape(x.shape[1:]) if v_bar else None, x_bar.reshape(x.shape)
 
 
-def _loaded(rows, T):
-    """All rows of a block, asked for together: a store between two loads would keep the second one waiting."""
-    return [rows[t] for t in range(T)]
+def _loaded(array, rows, T):
+    """A block's values for T timesteps, asked for together: a store between two loads would keep the second waiting."""
+    loaded = [array[row] for row in range(rows)]
+    return loaded if rows == T else loaded * T
 
 
 class _Rows:
@@ -129,13 +135,13 @@ class _Rows:
         plgpu.store(self._mine(row), values.astype(self.ref.dtype), mask=self.inside)
 
 
-def _call(kernel, params, v, arrays, results, sums=0):
+def _call(kernel, T, params, v, arrays, results, sums=0):
     """Runs a kernel on blocks of neurons: its results, (rows, dtype) each, and the `sums` numbers that it returns.
 
     A kernel takes the parameters' values, a block's membranes, and its `_Rows` of the arrays and of the results.
     """
     scalars, x = jax.tree.leaves(params), arrays[0]
-    N, block = x[0].size, _block(x)
+    N, block = x[0].size, _block(T)
     blocks = pl.cdiv(N, block)
     # A number for all membranes is part of the program: nothing is read for it.
     arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]
@@ -157,31 +163,31 @@ def _call(kernel, params, v, arrays, results, sums=0):
     return found[: len(results)], [partial_sum.sum() for partial_sum in found[len(results) :]]
 
 
-def _step(step, params, x, blocks=1):
+def _step(step, T, params, x, blocks=1):
     """The jaxpr of a step on a block of neurons."""
-    return jax.make_jaxpr(step)(*_types(params, x, blocks))
+    return jax.make_jaxpr(step)(*_types(T, params, x, blocks))
 
 
-def _gradient(step, params, x, blocks=1):
+def _gradient(step, T, params, x, blocks=1):
     """The jaxpr of its gradient: (params, v, x, v_bar, s_bar) -> (params_bar, v_bar, x_bar)."""
 
     def gradient(params, v, x, v_bar, s_bar):
         return jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
 
-    params, v, x = _types(params, x, blocks)
+    params, v, x = _types(T, params, x, blocks)
     return jax.make_jaxpr(gradient)(params, v, x, v, x)
 
 
-def _types(params, x, blocks):
-    """What the parameters, v and x [T, ...] are to so many blocks."""
-    n = (blocks * _block(x),)
+def _types(T, params, x, blocks):
+    """What the parameters, v and a timestep of x are to so many blocks."""
+    n = (blocks * _block(T),)
     v, x = jax.ShapeDtypeStruct(n, jnp.float32), jax.ShapeDtypeStruct(n, x.dtype)
     return jax.tree.map(lambda _: v, params), v, x
 
 
-def _block(x):
+def _block(T):
     """Neurons in a block: a power of two for each thread."""
-    return THREADS << min(2, (HELD // len(x)).bit_length() - 1)
+    return THREADS << min(2, (HELD // T).bit_length() - 1)
 
 
 def _told(closed):

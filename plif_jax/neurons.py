@@ -76,16 +76,19 @@ class Neuron(nnx.Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.full(x.shape[1:], _or_zero(self.v_reset), dtype)
 
-    def unroll(self, v, x):
+    def unroll(self, v, x, *, T=None):
         """Runs currents x [T, ...] from the membrane v [...] (None: at rest).
 
         Returns the membrane after the last step and the spikes [T, ...]. Feeding a sequence in chunks, the membrane
-        carried over, gives what one call gives; a chunk of one timestep is live inference.
+        carried over, gives what one call gives; a chunk of one timestep is live inference. A current that stays the
+        same for T timesteps may be given once, x [1, ...], which spares memory.
 
         Raises:
-          UserError: x has no axis of time, or v is not of the shape of one timestep.
+          UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
         x = _currents(x)
+        if T is not None and len(x) not in (1, T):
+            raise UserError(f"currents of shape {x.shape} for T = {T}; give [{T}, ...], or [1, ...] for one that stays")
         rest = self.rest(x)
         if v is not None:
             if jnp.shape(v) != rest.shape:
@@ -94,7 +97,7 @@ class Neuron(nnx.Module):
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
-        return _run(graphdef, _kernels(), *varying_as(x, (params, other, v)), x)
+        return _run(graphdef, _kernels(), len(x) if T is None else T, *varying_as(x, (params, other, v)), x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
@@ -123,9 +126,8 @@ def _or_zero(v_reset):
     return 0.0 if v_reset is None else v_reset
 
 
-def _scan(step, carry, xs, **kwargs):
-    T = jax.tree.leaves(xs)[0].shape[0]
-    return lax.scan(step, carry, xs, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
+def _scan(step, carry, xs, T, **kwargs):
+    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
 
 
 _scanning = ContextVar("scanning", default=False)
@@ -156,39 +158,45 @@ def _kernels():
 
 
 # Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(graphdef, kernels, params, other, v, x):
-    return _sequence(graphdef, kernels, params, other, v, x)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(graphdef, kernels, T, params, other, v, x):
+    return _sequence(graphdef, kernels, T, params, other, v, x)
 
 
 def _step(graphdef, other):
     return lambda params, v, x: nnx.merge(graphdef, params, other).step(v, x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sequence(graphdef, kernels, params, other, v, x):
-    """The membranes after currents x [T, ...], and the spikes; v is None at rest."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sequence(graphdef, kernels, T, params, other, v, x):
+    """The membranes after currents x [T, ...], or x [1, ...] for T timesteps, and the spikes; v is None at rest."""
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x):
-        return _scan(partial(step, params), varying_as(x, net.rest(x)) if v is None else v, x)
+        begin, (rows, current) = varying_as(x, net.rest(x)) if v is None else v, _rows(x, T)
+        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
 
     def kernel(params, v, x):
         v = _or_zero(net.v_reset) if v is None else v
-        return kernels.last(step, params, v, x), kernels.spikes(step, params, v, x)
+        return kernels.last(step, T, params, v, x), kernels.spikes(step, T, params, v, x)
 
-    if kernels is None or not kernels.fits(step, params, v, x):
+    if kernels is None or not kernels.fits(step, T, params, v, x):
         return scan(params, v, x)
     return lax.platform_dependent(params, v, x, cuda=kernel, default=scan)
 
 
-def _sequence_forward(graphdef, kernels, *primals):
+def _rows(x, T):
+    """What a scan over T timesteps goes through, and what makes a timestep's current of it; one that stays is not."""
+    return (x, lambda row: row) if len(x) == T else (None, lambda row: x[0])
+
+
+def _sequence_forward(graphdef, kernels, T, *primals):
     params, other, v, x = jax.tree.map(lambda primal: primal.value, primals)
     # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
-    return _sequence(graphdef, kernels, params, other, v, x), (params, other, v, x)
+    return _sequence(graphdef, kernels, T, params, other, v, x), (params, other, v, x)
 
 
-def _sequence_backward(graphdef, kernels, residuals, cotangents):
+def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
     params, other, v, x = residuals
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
     v_bar, s_bar = cotangents
@@ -198,23 +206,26 @@ def _sequence_backward(graphdef, kernels, residuals, cotangents):
     def scan(params, v, x, v_bar, s_bar):
         begin = varying_as(x, net.rest(x)) if v is None else v
         v_bar = varying_as(x, jnp.zeros_like(begin)) if v_bar is None else v_bar
-        _, v_before = _scan(lambda v, x: (step(params, v, x)[0], v), begin, x)
+        rows, current = _rows(x, T)
+        _, v_before = _scan(lambda v, row: (step(params, v, current(row))[0], v), begin, rows, T)
 
         def backward_step(carry, inputs):
-            v_bar, params_bar = carry
-            v, x, s_bar = inputs
-            step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, x)[1]((v_bar, s_bar))
-            return (v_bar, jax.tree.map(jnp.add, params_bar, step_params_bar)), x_bar
+            v_bar, *totals = carry
+            v, row, s_bar = inputs
+            step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, current(row))[1]((v_bar, s_bar))
+            terms = (step_params_bar, x_bar if rows is None else None)
+            return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
 
-        carry = (v_bar, varying_as(x, jax.tree.map(jnp.zeros_like, params)))
-        (v_bar, params_bar), x_bar = _scan(backward_step, carry, (v_before, x, s_bar), reverse=True)
-        return params_bar, None if v is None else v_bar, x_bar
+        total = jnp.zeros_like(begin) if rows is None else None
+        carry = (v_bar, *varying_as(x, (jax.tree.map(jnp.zeros_like, params), total)))
+        (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
+        return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
 
     def kernel(params, v, x, v_bar, s_bar):
-        return kernels.gradient(step, params, _or_zero(net.v_reset) if v is None else v, x, v_bar, s_bar)
+        return kernels.gradient(step, T, params, _or_zero(net.v_reset) if v is None else v, x, v_bar, s_bar)
 
     compute = scan
-    if kernels is not None and kernels.fits(step, params, v, x):
+    if kernels is not None and kernels.fits(step, T, params, v, x):
         compute = _kernel_once(kernel, scan)
     params_bar, v_bar, x_bar = compute(params, v, x, v_bar, s_bar)
     return params_bar, None, v_bar, x_bar

@@ -43,12 +43,12 @@ def currents(T, N, dtype=jnp.float32):
     return x.astype(dtype)
 
 
-def run(neuron, x, v, last_bar):
+def run(neuron, x, v, last_bar, T=None):
     """Membranes, spikes and all gradients, of spikes alone or of the membranes too."""
-    s_bar = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
+    s_bar = jax.random.normal(jax.random.key(1), (T or len(x), *x.shape[1:])).astype(x.dtype)
 
     def unroll(neuron, v, x):
-        v, s = neuron.unroll(v, x)
+        v, s = neuron.unroll(v, x, T=T)
         return (v, s) if last_bar else s
 
     found, vjp = jax.vjp(unroll, neuron, v, x)
@@ -70,9 +70,9 @@ NEURONS = {
 @pytest.mark.parametrize("T, N, begun, last_bar", [(3, 700, False, False), (2, 5, True, True), (1, 1, True, False)])
 @pytest.mark.parametrize("name", NEURONS)
 def test_a_kernel_gives_what_the_scan_gives(name, T, N, begun, last_bar, dtype, kernels):
-    """700 neurons are two blocks, the second not full."""
+    """700 neurons are two blocks, the second not full. Where the membrane has begun, the current stays."""
     v = jax.random.normal(jax.random.key(2), (N,)) if begun else None
-    arguments = NEURONS[name](), currents(T, N, dtype), v, last_bar
+    arguments = NEURONS[name](), currents(1 if begun else T, N, dtype), v, last_bar, T
     found = run(*arguments)
     assert kernels and all(kernels)
     with pytest.MonkeyPatch.context() as scanning:
@@ -212,7 +212,7 @@ def test_places_beyond_the_last_neuron_have_no_gradient(kernels):
 def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
     x = currents(T, N, dtype)
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    assert neuron_kernel.fits(neurons._step(graphdef, other), params, None, x) is whether
+    assert neuron_kernel.fits(neurons._step(graphdef, other), len(x), params, None, x) is whether
     if not whether:
         np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
 
@@ -235,7 +235,7 @@ def test_every_surrogate_fits_but_one(kind, learnable):
     """Triton has no erfc, of which the derivative of Erf for alpha is made."""
     neuron = neurons.PLIF(surrogate=kind(learnable=learnable))
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    whether = neuron_kernel.fits(neurons._step(graphdef, other), params, None, currents(4, 7))
+    whether = neuron_kernel.fits(neurons._step(graphdef, other), 4, params, None, currents(4, 7))
     assert whether is not (kind is surrogate.Erf and learnable)
 
 

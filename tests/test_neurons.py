@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -316,6 +317,25 @@ def test_a_surrogate_is_made_before_it_is_given(given, said):
 def test_a_current_has_an_axis_of_time():
     with pytest.raises(UserError, match=r"currents are one number; give \[T, \.\.\.\]"):
         neurons.PLIF()(1.0)
+
+
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_a_current_that_stays_may_be_given_once(T, x64):
+    """The same numbers, but the gradient of the one current is that of all."""
+    neuron, x, v = neurons.PLIF(3.0), currents(1, 6), jnp.linspace(-0.5, 0.9, 6)
+
+    def last_and_spikes(neuron, v, x):
+        return neuron.unroll(v, x, T=T)
+
+    once, vjp_once = jax.vjp(last_and_spikes, neuron, v, x)
+    each, vjp_each = jax.vjp(last_and_spikes, neuron, v, jnp.broadcast_to(x, (T, 6)))
+    jax.tree.map(np.testing.assert_array_equal, once, each)
+    bars = (jnp.linspace(1, 2, 6), jnp.cos(jnp.arange(T * 6.0).reshape(T, 6)))
+    (neuron_once, v_once, x_once), (neuron_each, v_each, x_each) = vjp_once(bars), vjp_each(bars)
+    for one, other in [(neuron_once, neuron_each), (v_once, v_each), (x_once, x_each.sum(0, keepdims=True))]:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), one, other)
+    with pytest.raises(UserError, match=r"currents of shape \(2, 6\) for T = 3; give \[3, \.\.\.\], or \[1, "):
+        neuron.unroll(None, currents(2, 6), T=3)
 
 
 def test_a_membrane_of_another_shape_is_refused():
