@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -13,14 +12,14 @@ from plif_jax import networks, neurons
 from plif_jax.interop import torch as torch_interop
 
 
-@pytest.mark.parametrize("channels, alpha_learnable", [(4, True), (32, False)], ids=["direct", "Winograd"])
-def test_gradients_under_shard_map_are_those_of_the_whole_batch(channels, alpha_learnable, x64):
-    net = networks.NMNISTNet(T=3, channels=channels, alpha_learnable=alpha_learnable, rngs=nnx.Rngs(0))
+def test_gradients_under_shard_map_are_those_of_the_whole_batch(x64):
+    """Its first convolution is direct, the second wide enough for Winograd's algorithm."""
+    net = networks.NMNISTNet(T=2, channels=32, alpha_learnable=True, rngs=nnx.Rngs(0))
     shapes = {name: array.shape for name, array in torch_interop.state_dict(net).items()}
     torch_interop.load_state_dict(net, cases.state_dict(shapes))  # under which every layer fires
     net.set_attributes(axis_name="batch", deterministic=True)
     graphdef, params, rest = nnx.split(net, nnx.Param, ...)
-    x = jnp.asarray(cases.frames(0, (3, 4, *net.shape)), float)
+    x = jnp.asarray(cases.frames(0, (2, 4, *net.shape)), float)
 
     def loss(params, x):
         rates = nnx.merge(graphdef, params, rest, copy=True)(x)
