@@ -17,10 +17,11 @@ def main(argv):
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
     parser.add_argument("-data_root", "--data_root", help="folder with data sets, if not the one of the training")
+    parser.add_argument("-cache_dir", "--cache_dir", help="folder of prepared data, if not the one of the training")
     given = parser.parse_args(argv)
     config, net = load_network(given.run, given.checkpoint)
-    if given.data_root is not None:
-        config = dataclasses.replace(config, data_root=given.data_root)
+    elsewhere = {"data_root": given.data_root, "cache_dir": given.cache_dir}
+    config = dataclasses.replace(config, **{name: folder for name, folder in elsewhere.items() if folder is not None})
     figures = evaluate(config, net)
 
     print(f"{config.run_name}, {given.checkpoint} checkpoint, {figures['samples']} test samples")

@@ -112,12 +112,12 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """Folder of logs, figures and the result."""
-        return Path(self.log_dir_prefix) / self.run_name
+        return expanded(self.log_dir_prefix) / self.run_name
 
     @property
     def checkpoint_dir(self) -> Path:
         """Folder of checkpoints, beside the run folder."""
-        return Path(self.log_dir_prefix) / f"pt_{self.run_name}"
+        return expanded(self.log_dir_prefix) / f"pt_{self.run_name}"
 
     def to_json(self) -> str:
         """The settings as JSON text."""
@@ -239,6 +239,18 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
         settings |= {k: v for k, v in dataclasses.asdict(loaded).items() if v is not None and k not in left}
     settings |= {name: _convert(fields[name], text) for name, text in given.items()}
     return Config(**settings)
+
+
+def expanded(folder: str | Path) -> Path:
+    """A folder with its `~` written out.
+
+    Raises:
+      UserError: nobody's home is known by that name.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UserError(f"{folder}: no such home folder is known; write the folder out.") from None
 
 
 def load(path: str | Path) -> Config:

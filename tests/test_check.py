@@ -126,4 +126,4 @@ def test_the_command_line(here):
     good = subprocess.run([*command, "NMNIST", "-data_root", "data", "-cache_dir", "cache"], **options)
     assert good.returncode == 0 and "30 of 60000" in good.stdout and (here / "NMNIST.png").is_file(), good.stderr
     bad = subprocess.run([*command, "NMNIST", "--data_root", "nowhere"], **options)
-    assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and "nowhere is not a folder" in bad.stderr
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nowhere is not a folder" in bad.stderr

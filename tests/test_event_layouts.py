@@ -231,15 +231,88 @@ def test_a_damaged_zip_in_a_zip_is_named_by_both(tmp_path):
         ("labels.txt", b"\xff\xfe", "is not a text file"),
         ("trials_to_train.txt", b"\xff\xfe", "is not a text file"),
         ("a_labels.csv", b"class,start,end\n0,1,2\n", "class 0 is not one of 1 to 11"),
+        ("a_labels.csv", b"class,start,end\n1,2,2\n", "nothing lies between 2 and 2"),
+        ("a_labels.csv", b"", "it has no row"),
     ],
 )
 def test_lists_of_gestures_that_are_none_are_named(tmp_path, file, content, says):
     if file == "a_labels.csv":
         (tmp_path / "trials_to_train.txt").write_text("a.aedat")
         (tmp_path / "a.aedat").touch()
+    if file == "labels.txt":
+        (tmp_path / "1.bs2").touch()
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path / file}: .*{says}"):
         recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+
+
+def test_lists_without_their_recordings_are_not_a_data_set(tmp_path):
+    """What else lies there is looked at."""
+    (tmp_path / "labels.txt").write_text("cat 1\n")
+    (tmp_path / "DvsGesture").mkdir()
+    (tmp_path / "DvsGesture" / "trials_to_train.txt").write_text("gone.aedat\n")
+    assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+    write_aedat3(tmp_path / "a.aedat", random_events(0, 50, 128, 128))
+    (tmp_path / "trials_to_train.txt").write_bytes(b"\xef\xbb\xbfa.aedat\r\n")
+    (tmp_path / "a_labels.csv").write_text("class,start,end\r\n3,1,200\r\n")
+    (found,) = recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache").train
+    assert found.label == 2 and (found.start, found.end) == (1, 200)
+
+
+def test_folders_may_be_links_to_elsewhere(tmp_path):
+    write_nmnist(tmp_path / "elsewhere")
+    for split in ("Train", "Test"):
+        (tmp_path / "NMNIST" / split).mkdir(parents=True)
+        for digit in range(10):
+            (tmp_path / "NMNIST" / split / str(digit)).symlink_to(tmp_path / "elsewhere" / split / str(digit))
+    assert len(recordings.find("NMNIST", tmp_path, tmp_path / "cache").train) == 30
+
+
+def test_folders_that_were_unpacked_into_a_folder_of_their_name(tmp_path):
+    write_nmnist(tmp_path / "made")
+    for split in ("Train", "Test"):
+        shutil.copytree(tmp_path / "made" / split, tmp_path / "NMNIST" / split / split)
+    assert len(recordings.find("NMNIST", tmp_path, tmp_path / "cache").train) == 30
+
+
+@pytest.mark.parametrize("inside", ["CIFAR10DVS/cat/cat_0.aedat", "cat/cat_0.aedat", "events/cat/cat_0.aedat"])
+def test_an_archive_may_hold_a_folder_of_the_whole(tmp_path, inside):
+    with zipfile.ZipFile(tmp_path / "CIFAR10DVS.zip", "w") as packed:
+        packed.writestr(inside, b"")
+    (found,) = recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache").train
+    assert found.label == 3
+
+
+@pytest.mark.parametrize("archive, inside", [("cat.zip", "cat_0.aedat"), ("CAT.ZIP", "cat/cat_0.aedat")])
+def test_an_archive_of_a_class_may_hold_its_recordings_alone(tmp_path, archive, inside):
+    with zipfile.ZipFile(tmp_path / archive, "w") as packed:
+        packed.writestr(inside, b"")
+    (found,) = recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache").train
+    assert found.label == 3
+
+
+def test_dropbox_s_archives_begin_with_a_folder_without_a_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Yin_b.ZIP", "w") as packed:
+        packed.writestr("b/b_0001.mat", b"")
+    with zipfile.ZipFile(tmp_path / "ICCV2019_DVS_dataset.zip", "w") as packed:
+        packed.writestr("/", b"")
+        packed.write(tmp_path / "Yin_b.ZIP", "Yin_b.ZIP")
+    (tmp_path / "Yin_b.ZIP").unlink()
+    assert numbers(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == [1]
+
+
+def test_an_archive_that_python_cannot_unpack_says_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
+        packed.writestr("Train/0/1.bin", b"12345")
+    content = bytearray((tmp_path / "Train.zip").read_bytes())
+    for header in (content.index(b"PK\x03\x04") + 8, content.index(b"PK\x01\x02") + 10):
+        content[header] = 9  # Deflate64, which Windows uses for large files
+    (tmp_path / "Train.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"Train\.zip: .* unpack it yourself, beside it"):
+        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
 
 
 def truncate(archive):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_parts_that_are_made_are_not_made_again(data, parts_of_ten, monkeypatch)
     dataset = load(data)
     assert len(seen) == 10, "one part of five"
     np.testing.assert_array_equal(dataset.test.x[-1], expected_frames(data / "NMNIST" / "Test" / "9" / "10.bin"))
+
+
+def test_the_parts_of_an_interrupted_set_outlive_another(data, parts_of_ten):
+    bad = data / "NMNIST" / "Test" / "9" / "10.bin"
+    good = bad.read_bytes()
+    bad.write_bytes(b"\xff" * len(good))
+    with pytest.raises(UserError):
+        load(data)
+    kept = set((data.parent / "cache").glob("frames/*.parts/*.npy"))
+    part = data.parent / "part" / "NMNIST"
+    for split in ("Train", "Test"):
+        shutil.copytree(data / "NMNIST" / split / "0", part / split / "0")
+    load(part.parent)
+    assert kept and set((data.parent / "cache").glob("frames/*.parts/*.npy")) == kept
+    bad.write_bytes(good)
+    load(data)
+    assert not list((data.parent / "cache").glob("frames/*.parts"))
 
 
 @pytest.mark.parametrize("file", ["train.npy", "record.json"])

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import struct
 import subprocess
@@ -425,6 +426,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, site, monkeypa
     [
         pytest.param(lambda file: file.unlink(), id="gone"),
         pytest.param(lambda file: file.write_bytes(file.read_bytes()[:500]), id="cut"),
+        pytest.param(lambda file: os.truncate(file, file.stat().st_size // 2), id="halved"),
         pytest.param(lambda file: file.write_bytes(bytes(len(file.read_bytes()))), id="overwritten"),
     ],
 )
@@ -433,6 +435,15 @@ def test_damaged_record_files_are_named(tmp_path, site, damage):
     folder = record_folder(tmp_path / "cache")
     damage(next(folder.glob("*train.array_record*")))
     with pytest.raises(UserError, match=f"^the record files in {folder} are damaged: delete that folder"):
+        load(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_damaged_description_of_record_files_is_named(tmp_path, site, size):
+    load(tmp_path / "cache")
+    os.truncate(record_folder(tmp_path / "cache") / "dataset_info.json", size)
+    folder = record_folder(tmp_path / "cache").parent
+    with pytest.raises(UserError, match=f"^{folder} is damaged: delete that folder"):
         load(tmp_path / "cache")
 
 

@@ -3,11 +3,12 @@
 import argparse
 import sys
 
+from plif_jax import cli
 from plif_jax.catalog import DATASETS
 from plif_jax.data.check import check
-from plif_jax.errors import UserError
 
-if __name__ == "__main__":
+
+def main(argv):
     parser = argparse.ArgumentParser("python -m plif_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
@@ -15,8 +16,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "-cache_dir", "--cache_dir", help="the folder for downloads; default: $PLIF_JAX_CACHE or ~/.cache/plif_jax"
     )
-    arguments = parser.parse_args()
-    try:
-        print(check(arguments.name, arguments.data_root, arguments.cache_dir))
-    except UserError as error:
-        sys.exit(str(error))
+    arguments = parser.parse_args(argv)
+    print(check(arguments.name, arguments.data_root, arguments.cache_dir))
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "plif_jax.data"  # who speaks in an error
+    cli.run(main)

@@ -37,7 +37,7 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
             try:
                 _unpack(archive, partial, archive)
                 for _ in range(2):  # the zips in it, and those in them
-                    for inner in sorted(partial.rglob("*.zip")):
+                    for inner in sorted(path for path in partial.rglob("*") if path.suffix.lower() == ".zip"):
                         _unpack(inner, inner.parent, f"{archive}: {inner.relative_to(partial)}")
                         inner.unlink()
                 os.rename(partial, folder)
@@ -52,7 +52,7 @@ def _unpack(archive, folder, name):
         file = archive.open("rb")
     try:
         with file, storage.writing(folder):
-            if zipfile.is_zipfile(file) or archive.suffix == ".zip":
+            if zipfile.is_zipfile(file) or archive.suffix.lower() == ".zip":
                 with zipfile.ZipFile(file) as packed:
                     _unpack_zip(packed, folder)
             else:
@@ -65,6 +65,8 @@ def _unpack(archive, folder, name):
         raise UserError(f"{name}: {error}") from None
     except LEADS_OUT as error:
         raise UserError(f"{name}: {error}.") from None
+    except NotImplementedError as error:
+        raise UserError(f"{name}: {error}: unpack it yourself, beside it.") from None
     except DAMAGE as error:
         raise UserError(f"{name}: the archive is truncated or damaged ({error}): fetch it again.") from None
 
@@ -72,6 +74,8 @@ def _unpack(archive, folder, name):
 def _unpack_zip(packed, folder):
     """Unpack a zip; its files get the times that it tells, so that unpacked again they are the same files."""
     for info in packed.infolist():
+        if not info.filename.strip("/"):
+            continue  # Dropbox begins its archives with a folder "/"
         if not (folder / info.filename).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"the name {info.filename!r} in it leads out of the archive.")
         path = packed.extract(info, folder)

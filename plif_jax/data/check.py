@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.catalog import DATASETS
+from plif_jax.config import expanded
 from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, events, images, recordings, storage
 from plif_jax.data.dataset import default_cache_dir
@@ -32,7 +33,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
         near = nearest(name, DATASETS)
         meant = f" Did you mean {near}?" if near else ""
         raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
-    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    cache_dir = expanded(cache_dir or default_cache_dir())
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
     with storage.writing(Path(f"{name}.png").resolve(), "Run it in a folder of yours that has space."):
         _draw(rows, labels, title, f"{name}.png")
@@ -47,7 +48,9 @@ def _events(name, data_root, cache_dir):
         data_root = cache_dir / "downloads" / name
         if name not in downloads.ARCHIVES:
             raise UserError(downloads.BY_HAND[name])
-        if not data_root.is_dir():
+        with storage.reading(data_root):
+            fetched = data_root.is_dir()
+        if not fetched:
             raise UserError(NOT_FETCHED.format(name=name, folder=data_root))
     found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
     if found is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plif_jax.config import expanded
 from plif_jax.data import storage
 
 
@@ -38,7 +39,7 @@ class Dataset:
 
 def default_cache_dir() -> Path:
     """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
-    return Path(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax").expanduser()
+    return expanded(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax")
 
 
 def folders(root: Path, telling: set[str], depth: int = 3) -> Iterator[Path]:

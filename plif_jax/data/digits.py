@@ -30,7 +30,9 @@ RECORDING = np.dtype([("x", "u1"), ("y", "u1"), ("t", "i8"), ("p", "u1")])
 def ensure(cache_dir):
     """Return the folder of the recordings, `Train/<digit>/<number>.bin` and `Test/...`, written if it is not there."""
     folder = Path(cache_dir) / "digits-1"  # the number changes with the camera
-    if folder.exists():
+    with storage.reading(folder):
+        there = folder.exists()
+    if there:
         return folder
     partial = folder.with_suffix(".partial")
     with storage.locked(folder.with_suffix(".lock")), storage.writing(folder):

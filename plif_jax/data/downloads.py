@@ -81,7 +81,9 @@ def fetch(name: str, cache_dir: Path) -> Path:
     folder = Path(cache_dir) / "downloads" / name
 
     def missing():
-        return [archive for archive in ARCHIVES[name] if not (folder / archive.name).is_file()]
+        with storage.reading(folder):
+            files = {archive: folder / archive.name for archive in ARCHIVES[name]}
+            return [archive for archive, file in files.items() if not (file.is_file() and file.stat().st_size)]
 
     if missing():
         with storage.locked(folder.with_name(name + ".lock")):

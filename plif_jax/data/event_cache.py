@@ -5,10 +5,10 @@ made in parts of some hundred recordings, each named after them: a part is a who
 preparation goes on from the parts that are there, also where a recording between them has been mended.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -139,7 +139,10 @@ def _make(folder, parts, jobs, record, name):
     versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
     with storage.replacing(folder / "record.json") as file:
         file.write(json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2).encode())
-    shutil.rmtree(parts, ignore_errors=True)  # a killed program's worker may still be at one
+    for job in every:  # others there are of a set that was interrupted
+        Path(job["path"]).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # that, or a killed program's worker is still at one
+        parts.rmdir()
     if name:
         print(f"{name}: frames are kept in {folder}, {sum(sizes.values()) / 1e6:.0f} MB")
 
@@ -180,7 +183,7 @@ def _run(jobs, done):
     def drive_a_worker(_):
         # Plain programs rather than multiprocessing: that would import the caller's script once more in every worker,
         # or fork a process in which JAX runs threads.
-        command = [sys.executable, "-m", "plif_jax.data.event_worker"]
+        command = [sys.executable, "-P", "-m", "plif_jax.data.event_worker"]  # and not what lies in the user's folder
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_env()) as worker:
             while (job := next_job()) is not None:
                 try:

@@ -9,10 +9,11 @@ from plif_jax.errors import UserError
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     for line in sys.stdin:
         error = None
         try:
             event_cache.make_part(json.loads(line))
         except UserError as user_error:
             error = str(user_error)
-        print(json.dumps({"error": error}), flush=True)
+        print(json.dumps({"error": error}), file=answers, flush=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.catalog import DATASETS
+from plif_jax.config import expanded
 from plif_jax.data import digits, downloads, event_cache, frames, recordings
 from plif_jax.data.dataset import Dataset, Split, default_cache_dir
 from plif_jax.errors import UserError
@@ -41,7 +42,7 @@ def load(
         UserError: a wrong setting, recordings that are missing or damaged, or a cache that cannot be written.
     """
     frames.check_settings(T, split_by, normalization)
-    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    cache_dir = expanded(cache_dir or default_cache_dir())
     found = locate(name, data_root, cache_dir, cifar10dvs_split)
     for split in ("train", "test"):
         if not getattr(found, split):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from plif_jax.config import expanded
 from plif_jax.data import image_files, storage
 from plif_jax.data.dataset import Dataset, Split, default_cache_dir, folders
 from plif_jax.errors import UserError
@@ -40,7 +41,7 @@ def load(
             print(f"{name}: none of its official files are in {data_root}")
         from plif_jax.data import tfds_builders  # half a second to import, and seldom needed
 
-        splits, folder = tfds_builders.load(name, Path(cache_dir or default_cache_dir()), progress=progress)
+        splits, folder = tfds_builders.load(name, expanded(cache_dir or default_cache_dir()), progress=progress)
     expected = image_files.EXPECTED[name]
     train, test = (Split(*splits[split], found=len(splits[split][1]), expected=expected[split]) for split in expected)
     return Dataset(name, train, test, source=str(folder))
@@ -55,8 +56,10 @@ def is_prepared(name: str, cache_dir: Path) -> bool:
 
 def find(name: str, root: str | Path) -> tuple[Path | None, dict[str, Path]]:
     """The first folder under root with official files of the set, and those files by name."""
-    root = Path(root).expanduser()
-    if not root.is_dir():
+    root = expanded(root)
+    with storage.reading(root):
+        there = root.is_dir()
+    if not there:
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
     telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
     for folder in folders(root, telling):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plif_jax.catalog import DATASETS
+from plif_jax.config import expanded
 from plif_jax.data import archives, storage
 from plif_jax.data.dataset import folders
 from plif_jax.errors import UserError
@@ -58,8 +59,10 @@ def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: s
     Raises:
         UserError: `root` is no folder, an archive or a label file is damaged, or an unknown split.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
+    root = expanded(root)
+    with storage.reading(root):
+        there = root.is_dir()
+    if not there:
         raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out.")
     for folder in folders(root, FOLDERS.get(name, set()) | INNER):
         with storage.reading(folder):
@@ -93,12 +96,30 @@ def _child(folder: Path, name: str) -> Path | None:
 
 
 def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | None:
-    """The folder `name` in a folder, or where it holds no file the archive that lies there too, unpacked."""
-    child = _child(folder, name)
-    if child is not None and any(path.is_file() for path in child.rglob("*")):
-        return child
-    packed = _child(folder, archive)
-    return packed and _child(archives.unpacked(packed, cache_dir), name)
+    """The folder `name` in a folder, or where it holds no file the archive that lies there too, unpacked.
+
+    An archive may hold that folder or what belongs into it; and unpacking may have wrapped it in another of its name.
+    """
+    child, packed = _child(folder, name), _child(folder, archive)
+    if child is None or not _holds_files(child):
+        if packed is None:
+            return None
+        unpacked = archives.unpacked(packed, cache_dir)
+        child = _child(unpacked, name) or unpacked
+    while (inner := _child(child, name)) is not None and inner.is_dir():
+        child = inner
+    return child
+
+
+def _holds_files(folder: Path, depth: int = 3) -> bool:
+    """Whether there is a file in a folder or its folders, which may be links."""
+    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    return any(child.is_file() or (depth > 0 and _holds_files(child, depth - 1)) for child in children)
+
+
+def _unwrapped(archive: Path, name: str, cache_dir: Path) -> Path:
+    """The folder of a set's recordings in an archive of all of them, unpacked."""
+    return next(folders(archives.unpacked(archive, cache_dir), FOLDERS[name] | INNER))
 
 
 def _number(path: Path) -> int:
@@ -129,7 +150,7 @@ def _cifar10dvs(folder, cache_dir):
     """<class>/*.aedat, *.aedat4 or <class>.zip, or tonic's CIFAR10DVS.zip of such zips; not split yet."""
     packed = _child(folder, "CIFAR10DVS.zip")
     if packed is not None and not any(_child(folder, name) for name in CIFAR10_CLASSES):
-        folder = archives.unpacked(packed, cache_dir)
+        folder = _unwrapped(packed, "CIFAR10DVS", cache_dir)
     found = []
     for label, name in enumerate(CIFAR10_CLASSES):
         found += _recordings(_inside(folder, name, f"{name}.zip", cache_dir), label, ".aedat", ".aedat4")
@@ -140,13 +161,15 @@ def _dvs128_gesture(folder, cache_dir):
     """The published DvsGesture folder or archive, tonic's re-cut of it, or a folder of 5-byte files with labels.txt."""
     original = _inside(folder, "DvsGesture", "DvsGesture.tar.gz", cache_dir) or folder
     if (original / "trials_to_train.txt").is_file():
-        return [_trials(original, original / f"trials_to_{split}.txt") for split in ("train", "test")]
+        splits = [_trials(original, original / f"trials_to_{split}.txt") for split in ("train", "test")]
+        if any(splits):
+            return splits
     recut = [
         _inside(folder, f"ibmGesture{split}", f"ibmGesture{split}.tar.gz", cache_dir) for split in ("Train", "Test")
     ]
     if any(recut):
         return [*([r for n in range(11) for r in _recut(inside, n)] for inside in recut), (1077, 264)]
-    if (folder / "labels.txt").is_file():
+    if (folder / "labels.txt").is_file() and any(folder.glob("*.bs2")):
         # A handful of samples, for looking at: nobody says which are for testing.
         return _listed(folder, folder / "labels.txt"), []
     return None
@@ -160,8 +183,13 @@ def _trials(folder, trials):
         if not recording.is_file():
             continue  # an incomplete set
         try:
-            rows = np.loadtxt(labels, np.int64, delimiter=",", skiprows=1, ndmin=2)
+            text = _text(labels).splitlines()
+            if len(text) < 2:
+                raise ValueError("it has no row")
+            rows = np.loadtxt(text, np.int64, delimiter=",", skiprows=1, ndmin=2)
             for number, start, end in rows:
+                if not 0 <= start < end:
+                    raise ValueError(f"nothing lies between {start} and {end}")
                 label = _gesture(number)
                 samples.append((label, name, Recording(str(recording), label, int(start), int(end))))
         except (OSError, ValueError) as error:
@@ -198,7 +226,7 @@ def _gesture(number):
 def _text(path):
     """A text file's content."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not a text file.") from None
 
@@ -207,7 +235,7 @@ def _asldvs(folder, cache_dir):
     """<letter>/<letter>_<number>.mat, or the published archive of archives; the first 80 % of each letter train."""
     packed = _child(folder, "ICCV2019_DVS_dataset.zip") or _child(folder, "ASLDVS.zip")
     if packed is not None and _child(folder, "a") is None:
-        folder = archives.unpacked(packed, cache_dir)
+        folder = _unwrapped(packed, "ASLDVS", cache_dir)
     splits = [], []
     for label, letter in enumerate(ASL_LETTERS):
         for recording in _recordings(_child(folder, letter), label, ".mat"):

@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core.download import checksums, download_manager, downloader, util
 
 from plif_jax.catalog import DATASETS
@@ -105,12 +106,20 @@ def load(name: str, cache_dir: Path, *, progress: bool = True) -> tuple[dict[str
 
 
 def find(name: str, cache_dir: Path) -> "Images":
-    """The builder of a set; its `data_path` exists where the set is prepared."""
-    return Images(config=name, data_dir=_home(cache_dir))
+    """The builder of a set; its `data_path` exists where the set is prepared.
+
+    Raises:
+        UserError: what describes its record files is damaged.
+    """
+    home = _home(cache_dir)
+    try:
+        return Images(config=name, data_dir=home)
+    except (ValueError, ParseError) as error:
+        raise UserError(f"{home}/images/{name} is damaged: delete that folder and run again") from error
 
 
 def _home(cache_dir):
-    return cache_dir.expanduser().absolute() / "tensorflow_datasets"
+    return cache_dir.absolute() / "tensorflow_datasets"
 
 
 def _prepare(name: str, cache_dir: Path, progress: bool) -> "Images":
@@ -175,7 +184,7 @@ def _read(builder: "Images", split: str, folder: Path) -> tuple[np.ndarray, np.n
     try:
         source = builder.as_data_source(split)
         samples = source.__getitems__(list(range(len(source))))
-    except RuntimeError as error:  # ArrayRecord, of a missing, short or altered file
+    except (RuntimeError, ValueError) as error:  # ArrayRecord and tfds, of a missing, short or altered file
         raise UserError(f"the record files in {folder} are damaged: delete that folder and run again") from error
     x_NHWC = np.stack([sample["image"] for sample in samples])
     return x_NHWC, np.array([sample["label"] for sample in samples], np.int32)

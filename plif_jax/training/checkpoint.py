@@ -324,6 +324,8 @@ def load_network(run: str | Path, kind: str = "best"):
     if kind not in ("best", "latest"):
         raise UserError(f"there is no {kind!r} checkpoint; give best or latest")
     run = Path(run).absolute()  # "." has no name, by which its checkpoints lie beside it
+    if not (run.parent / f"pt_{run.name}").is_dir():
+        run = run.resolve()  # beside what a link leads to
     try:
         config = Config.from_json((run / "config.json").read_bytes())
     except OSError:

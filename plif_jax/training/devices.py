@@ -1,9 +1,8 @@
 """The devices of a run, from the paper program's -device flag, and where what is compiled for them is kept."""
 
-from pathlib import Path
-
 import jax
 
+from plif_jax.config import expanded
 from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError
 
@@ -62,5 +61,5 @@ def keep_compiled(devices, cache_dir=None):
     Not on a CPU: another machine that shares the folder may have one that lacks some of the instructions.
     """
     if devices[0].platform != "cpu" and not jax.config.jax_compilation_cache_dir:
-        folder = Path(cache_dir or default_cache_dir()).expanduser() / "compiled"
+        folder = expanded(cache_dir or default_cache_dir()) / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
