@@ -13,6 +13,8 @@ import jax
 from plif_jax.errors import UserError
 from plif_jax.training.signals import Interrupted
 
+READER_GONE = 141  # the status of what SIGPIPE ends
+
 # Of glibc's <malloc.h>: no array outside the heap, and a heap that never shrinks.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
@@ -27,17 +29,18 @@ def run(main):
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         _leave(2)
     except Interrupted as interrupted:
-        sys.exit(interrupted.code)
+        _leave(interrupted.code, farewell=True)
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _is_read():
-            _leave(141)  # as SIGPIPE would end it
+            _leave(READER_GONE)
         traceback.print_exc()
         _leave(1)
 
@@ -46,10 +49,7 @@ def _is_read():
     """Whether what is printed still goes somewhere; of `| head` it does not once head has seen enough."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)  # the end of its reader is told unasked
-    if not output.poll(0):
-        return True
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush on the way out
-    return False
+    return not output.poll(0)
 
 
 def keep_freed_memory():
@@ -67,10 +67,16 @@ def keep_freed_memory():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _leave(code):
-    """Exits; one of several processes without a farewell, for which JAX would wait minutes while the others wait."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+def _leave(code, farewell=False):
+    """Exits, without another complaint if what was printed cannot be read.
+
+    One of several processes without a farewell, for which JAX would wait minutes while the others wait.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the flush on the way out
+    if jax.distributed.is_initialized() and not farewell:
         os._exit(code)
     sys.exit(code)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from plif_jax.mapped import varying_as
+from plif_jax.mapped import vary_alike
 
 # Below these, Winograd's transforms cost more than the products they save.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
@@ -27,7 +27,7 @@ def conv3x3(x, kernel):
 
     Reference: Lavin and Gray, CVPR 2016, "Fast algorithms for convolutional neural networks".
     """
-    return _conv3x3(x, varying_as(x, kernel))
+    return _conv3x3(*vary_alike(x, kernel))
 
 
 @jax.custom_vjp
@@ -90,7 +90,7 @@ def _output_transform(m):
 
 
 def _kernel_gradient(x, g):
-    kernel = varying_as(x, jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype))
+    x, kernel = vary_alike(x, jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype))
     return jax.linear_transpose(lambda kernel: _direct(x, kernel), kernel)(g)[0]
 
 
@@ -107,7 +107,7 @@ def _kernel_gradient_by_image(x, g):
         return total + jnp.einsum("nhwo,nhwp->op", g, patches, preferred_element_type=dtype), None
 
     chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]
-    total, _ = lax.scan(add, varying_as(x, jnp.zeros((features, 9 * x.shape[-1]), dtype)), chunks)
+    total, _ = lax.scan(add, vary_alike(jnp.zeros((features, 9 * x.shape[-1]), dtype), x)[0], chunks)
     return jnp.moveaxis(total.reshape(features, 3, 3, -1), 0, -1).astype(x.dtype)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from plif_jax.errors import UserError
-from plif_jax.mapped import mean_over_devices, varying_as
+from plif_jax.mapped import mean_over_devices, vary_alike
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions and linear layers.
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -53,7 +53,7 @@ class BatchNorm(nnx.Module):
             mean, var = self.mean[...].reshape(along_C), self.var[...].reshape(along_C)
             y = (_wide(x_TBC) - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
         else:
-            y, mean, var = _normalize(self.eps, self.axis_name, x_TBC, *varying_as(x_TBC, (scale, bias)))
+            y, mean, var = _normalize(self.eps, self.axis_name, *vary_alike(x_TBC, scale, bias))
             count = y[0, ..., 0].size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
             self._move(self.mean, mean.reshape(len(y), -1))
             # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
@@ -100,11 +100,11 @@ def _normalize_forward(eps, axis_name, x, scale, bias):
     var = mean_over_devices(jnp.square(wide - mean).mean(axes, keepdims=True), axis_name)
     inverse = lax.rsqrt(var + eps)
     y = (wide - mean) * (scale * inverse) + bias
-    return (y, mean, var), (x, scale, mean, inverse)
+    return (y, mean, var), (x, scale, bias, mean, inverse)
 
 
 def _normalize_backward(eps, axis_name, residuals, cotangents):
-    x, scale, mean, inverse = residuals
+    x, scale, bias, mean, inverse = residuals
     g, centred, axes = cotangents[0], _wide(x) - mean, tuple(range(1, x.ndim - 1))
     mean_g, mean_gx = (s.mean(axes, keepdims=True) for s in (g, g * centred))
     mean_gx *= inverse
@@ -112,7 +112,7 @@ def _normalize_backward(eps, axis_name, residuals, cotangents):
     scale_bar, bias_bar = (count * s.sum(0, keepdims=True) for s in (mean_gx, mean_g))
     mean_g, mean_gx = (mean_over_devices(s, axis_name) for s in (mean_g, mean_gx))
     x_bar = (g - mean_g - centred * (inverse * mean_gx)) * (scale * inverse)
-    return x_bar.astype(x.dtype), scale_bar, bias_bar
+    return tuple(bar.astype(a.dtype) for bar, a in ((x_bar, x), (scale_bar, scale), (bias_bar, bias)))
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
@@ -225,10 +225,12 @@ def _max_pool(x):
 
 
 def _max_pool_forward(x):
-    top = _max_pool(x)
-    a, b, c, _ = _windows(x)
-    # Of all that the gradient needs this is the least: a byte for every four values.
-    first = jnp.where(a == top, 0, jnp.where(b == top, 1, jnp.where(c == top, 2, 3))).astype(jnp.uint8)
+    top, *others = _windows(x)
+    first = jnp.zeros(top.shape, jnp.uint8)
+    for i, value in enumerate(others, 1):
+        larger = (value > top) | jnp.isnan(value)
+        top, first = jnp.where(larger, value, top), jnp.where(larger, jnp.uint8(i), first)
+    # Kept, and not made again from x: of all that the gradient needs a byte for every window is the least.
     return top, lax.optimization_barrier(first)
 
 

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import surrogate as surrogates
 from plif_jax.errors import UserError
-from plif_jax.mapped import varying_as
+from plif_jax.mapped import vary_alike
 
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
 # the steps is slower than none: each part's inputs are copied.
@@ -87,8 +87,8 @@ class Neuron(nnx.Module):
           UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
         x = _currents(x)
-        if T is not None and len(x) not in (1, T):
-            raise UserError(f"currents of shape {x.shape} for T = {T}; give [{T}, ...], or [1, ...] for one that stays")
+        if T is not None and (not isinstance(T, int | np.integer) or T < 0 or len(x) not in (1, T)):
+            raise UserError(f"currents of shape {x.shape} for T = {T}; give [T, ...], or [1, ...] for one that stays")
         rest = self.rest(x)
         if v is not None:
             if jnp.shape(v) != rest.shape:
@@ -97,12 +97,12 @@ class Neuron(nnx.Module):
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
-        return _run(graphdef, _kernels(), len(x) if T is None else T, *varying_as(x, (params, other, v)), x)
+        return _run(graphdef, _kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x))
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
         x = _currents(x)
-        return lax.scan(self.step, varying_as(x, self.rest(x) if v is None else v), x)
+        return lax.scan(self.step, *vary_alike(self.rest(x) if v is None else v, x))
 
     def __call__(self, x):
         """Spikes [T, ...] in answer to currents x [T, ...], from rest."""
@@ -173,7 +173,7 @@ def _sequence(graphdef, kernels, T, params, other, v, x):
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x):
-        begin, (rows, current) = varying_as(x, net.rest(x)) if v is None else v, _rows(x, T)
+        begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
         return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
 
     def kernel(params, v, x):
@@ -183,6 +183,14 @@ def _sequence(graphdef, kernels, T, params, other, v, x):
     if kernels is None or not kernels.fits(step, T, params, v, x):
         return scan(params, v, x)
     return lax.platform_dependent(params, v, x, cuda=kernel, default=scan)
+
+
+def _zeros(symbolic, x):
+    return vary_alike(jnp.zeros(symbolic.aval.shape, symbolic.aval.dtype), x)[0]
+
+
+def _rest(neuron, x):
+    return vary_alike(neuron.rest(x), x)[0]
 
 
 def _rows(x, T):
@@ -201,11 +209,11 @@ def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
     v_bar, s_bar = cotangents
     v_bar = None if isinstance(v_bar, SymbolicZero) else v_bar
-    s_bar = jax.tree.map(lambda b: jnp.zeros(b.aval.shape, b.aval.dtype) if isinstance(b, SymbolicZero) else b, s_bar)
+    s_bar = jax.tree.map(lambda bar: _zeros(bar, x) if isinstance(bar, SymbolicZero) else bar, s_bar)
 
     def scan(params, v, x, v_bar, s_bar):
-        begin = varying_as(x, net.rest(x)) if v is None else v
-        v_bar = varying_as(x, jnp.zeros_like(begin)) if v_bar is None else v_bar
+        begin = _rest(net, x) if v is None else v
+        v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
         rows, current = _rows(x, T)
         _, v_before = _scan(lambda v, row: (step(params, v, current(row))[0], v), begin, rows, T)
 
@@ -217,7 +225,7 @@ def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
             return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
 
         total = jnp.zeros_like(begin) if rows is None else None
-        carry = (v_bar, *varying_as(x, (jax.tree.map(jnp.zeros_like, params), total)))
+        carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
         (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
         return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import time
 
 import jax
@@ -206,6 +207,31 @@ def test_a_step_killed_while_it_is_saved_again_is_kept(tmp_path, monkeypatch):
     checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
     checkpoints._writing.result()
     checkpoints._lock.close()
-    assert kept(tmp_path) == [5]
+    assert kept(tmp_path) == [5] and [path.name for path in checkpoint._examined(tmp_path)[0]] == ["replaced_10", "5"]
     assert restored(tmp_path) == (10, [])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["10", "5"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_put_by_goes_once_the_other_is_sound(tmp_path, damaged):
+    fill(tmp_path, [10])
+    shutil.copytree(tmp_path / "10", tmp_path / "replaced_10")
+    if damaged:  # by a power cut, say
+        (tmp_path / "10" / "record" / "metadata").write_text("{}")
+    (tmp_path / "replaced_10" / "old").touch()
+    assert restored(tmp_path) == (10, [])
+    assert (tmp_path / "10" / "old").exists() == damaged and not (tmp_path / "replaced_10").exists()
+
+
+def test_a_step_that_cannot_be_saved_again_is_still_the_last_good_one(tmp_path, monkeypatch):
+    fill(tmp_path, [10])
+    checkpoints = checkpoint.Checkpoints(tmp_path, CONFIG)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
+    with pytest.raises(UserError, match=r"No space left on device.*; the last good one is of step 10"):
+        checkpoints.wait()
+    checkpoints._lock.close()

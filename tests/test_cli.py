@@ -1,5 +1,6 @@
 """How a script ends: with which status, and what it says."""
 
+import os
 import subprocess
 import sys
 
@@ -45,6 +46,23 @@ def test_a_script_ends_in_a_status_and_at_most_a_line(ended, error, status, said
 def test_a_defect_shows_where_it_is(ended, error):
     status, said = ended(error)
     assert status == 1 and said.startswith("Traceback") and said.endswith(f"{type(error).__name__}: {error}\n")
+
+
+def test_without_anywhere_to_print_it_ends_well(monkeypatch):
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.run(lambda argv: print("nothing"))
+
+
+def test_a_mistake_keeps_its_status_where_nobody_reads():
+    program = (
+        "from plif_jax import cli, errors\ndef main(argv):\n print(1)\n raise errors.UserError('no')\ncli.run(main)"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
+    gone = subprocess.Popen([sys.executable, "-c", program], **options)
+    gone.stdout.close()
+    assert (gone.stderr.read(), gone.wait(60)) == ("-c: no\n", 2)
 
 
 def test_a_reader_who_has_seen_enough_ends_it_quietly():

@@ -179,6 +179,22 @@ def test_max_pool_sends_the_gradient_to_the_first_maximum(size, spikes):
     np.testing.assert_array_equal(vjp(jnp.asarray(g))[0], x_bar)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_max_pool_sends_the_gradient_to_what_is_not_a_number(place):
+    """As in PyTorch; the run is stopped for it."""
+    x = jnp.ones(4).at[place].set(jnp.nan).reshape(2, 2, 1)
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+    np.testing.assert_array_equal(gradient.ravel(), jnp.arange(4) == place)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_batch_norm_s_gradients_have_the_types_of_what_they_are_for(dtype):
+    graphdef, params, rest = nnx.split(layers.BatchNorm(3), nnx.Param, ...)
+    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), params), jnp.ones((2, 4, 3))
+    grads = jax.grad(lambda params, x: nnx.merge(graphdef, params, rest, copy=True)(x).sum(), (0, 1))(params, x)
+    assert [leaf.dtype for leaf in jax.tree.leaves(grads)] == [dtype, dtype, x.dtype]
+
+
 def test_max_pool_of_a_sequence_pools_every_frame():
     x = jnp.asarray(randn(1, 2, 3, 4, 6, 5))
     np.testing.assert_array_equal(layers.max_pool(x)[1, 2], layers.max_pool(x[1, 2]))

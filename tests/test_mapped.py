@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reference import cases
 
 from plif_jax import networks, neurons
 from plif_jax.interop import torch as torch_interop
+from plif_jax.layers import BatchNorm
 
 
 def test_gradients_under_shard_map_are_those_of_the_whole_batch(x64):
@@ -43,3 +45,75 @@ def test_the_scan_and_its_definition_run_under_shard_map():
     for run in (neuron.unroll, neuron.unroll_by_autodiff):
         sharded = jax.shard_map(lambda x, run=run: run(None, x[0])[1][None], mesh=mesh, in_specs=P, out_specs=P)
         np.testing.assert_array_equal(sharded(x), jnp.stack([neuron(each) for each in x]))
+
+
+def run_sharded(function, devices, in_specs, out_specs):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+@pytest.mark.parametrize("used", ["membranes", "spikes"])
+def test_either_result_of_unroll_alone_has_a_gradient(used):
+    graphdef, params = nnx.split(neurons.PLIF())
+    x = jnp.asarray(cases.array(0, (3, 4, 5)) + 1, jnp.float32)
+
+    def loss(params, x):
+        v, spikes = nnx.merge(graphdef, params).unroll(None, x)
+        return jnp.square(v if used == "membranes" else spikes + spikes.mean()).sum()
+
+    P = PartitionSpec
+    shared = run_sharded(lambda params, x: lax.psum(loss(params, x), "batch"), 1, (P(), P(None, "batch")), P())
+    found, expected = (jax.tree.leaves(jax.grad(f)(params, x)) for f in (shared, loss))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_each_device_may_have_parameters_of_its_own():
+    """For one and the same x: an ensemble."""
+    x, P = jnp.asarray(cases.array(0, (3, 4, 8, 8, 4)) + 0.5, jnp.float32), PartitionSpec
+    parts = (
+        nnx.Conv(4, 3, (3, 3), conv_general_dilated=networks._conv3x3, rngs=nnx.Rngs(0)),
+        BatchNorm(3),
+        neurons.PLIF(),
+    )
+    graphdef, params, rest = nnx.split(nnx.List(parts), nnx.Param, ...)
+
+    def loss(params):
+        conv, norm, neuron = nnx.merge(graphdef, params, rest, copy=True)
+        return jnp.square(neuron(norm(conv(x)))).sum() + jnp.square(conv(x)).sum()
+
+    def of_ensemble(params):
+        return lax.psum(loss(jax.tree.map(lambda leaf: leaf[0], params)), "batch")
+
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.5 * leaf]), params)
+    found = jax.grad(run_sharded(of_ensemble, 2, (P("batch"),), P()))(both)
+    for i in range(2):
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], both)
+        for one, other in zip(jax.tree.leaves(jax.grad(loss)(mine)), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(other[i], one, rtol=1e-3, atol=1e-3 * float(jnp.abs(one).max()))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_running_statistics_are_those_of_the_whole_batch(devices):
+    graphdef, params, stats = nnx.split(BatchNorm(3, axis_name="batch"), nnx.Param, ...)
+    x, P = jnp.asarray(cases.array(0, (2, 4, 3)), jnp.float32), PartitionSpec
+
+    def moved(params, stats, x):
+        norm = nnx.merge(graphdef, params, stats, copy=True)
+        norm(x)
+        return nnx.state(norm, nnx.BatchStat)
+
+    found = run_sharded(moved, devices, (P(), P(), P(None, "batch")), P())(params, stats, x)
+    whole = BatchNorm(3)
+    whole(x)
+    np.testing.assert_allclose(found["mean"][...], whole.mean[...], rtol=1e-6)
+
+
+def test_sharded_arrays_under_jit():
+    net = networks.NMNISTNet(T=2, channels=4, rngs=nnx.Rngs(0))
+    net.eval()
+    graphdef, state = nnx.split(net)
+    x = jnp.asarray(cases.frames(0, (2, 4, *net.shape)), jnp.float32)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))  # its axes are AxisType.Auto
+    shared = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "batch")))
+    rates = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    np.testing.assert_array_equal(rates(state, shared), rates(state, x))

@@ -177,6 +177,7 @@ def test_views_switch_modes_as_those_of_flax_do():
     view, x = nnx.view(net, deterministic=True, use_running_average=True), frames(net)
     net.eval()
     np.testing.assert_array_equal(view(x), net(x))
+    assert view.fc[2].use_running_average and view.fc[1].deterministic
     assert nnx.view(net, use_running_average=False).conv[1].use_running_average is False
 
 
@@ -186,6 +187,15 @@ def test_no_samples_give_no_rates():
     loss, grads = nnx.value_and_grad(lambda net, x: net(x).sum())(net, jnp.zeros((4, 0, *net.shape)))
     assert loss == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
     assert net(jnp.zeros((4, 0, *net.shape))).shape == (0, 10)
+
+
+def test_a_still_image_s_current_is_not_repeated(monkeypatch):
+    given, unroll = [], neurons.Neuron.unroll
+    monkeypatch.setattr(neurons.Neuron, "unroll", lambda *a, **k: given.append(len(a[2])) or unroll(*a, **k))
+    net = TinyNet()
+    net.set_attributes(deterministic=True)
+    net(jnp.asarray(cases.array(0, (2, 6, 6, 1))))
+    assert given == [1, 5]
 
 
 def test_an_image_repeated_as_frames_gives_what_the_image_gives():

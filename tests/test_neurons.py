@@ -334,7 +334,7 @@ def test_a_current_that_stays_may_be_given_once(T, x64):
     (neuron_once, v_once, x_once), (neuron_each, v_each, x_each) = vjp_once(bars), vjp_each(bars)
     for one, other in [(neuron_once, neuron_each), (v_once, v_each), (x_once, x_each.sum(0, keepdims=True))]:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), one, other)
-    with pytest.raises(UserError, match=r"currents of shape \(2, 6\) for T = 3; give \[3, \.\.\.\], or \[1, "):
+    with pytest.raises(UserError, match=r"currents of shape \(2, 6\) for T = 3; give \[T, \.\.\.\], or \[1, "):
         neuron.unroll(None, currents(2, 6), T=3)
 
 

@@ -88,7 +88,7 @@ def check_settings(T, split_by, normalization):
 def _column(events, name):
     try:
         return events[name]
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError):
         there = getattr(getattr(events, "dtype", None), "names", None) or (
             list(events) if isinstance(events, Mapping) else f"{type(events).__name__} without names"
         )

@@ -118,10 +118,11 @@ class Checkpoints:
 
     def _set_damaged_aside(self):
         for path in self.folder.glob(f"{PUT_BY}*"):  # by a program that was killed before it had written another
-            step = self.folder / path.name.removeprefix(PUT_BY)
-            if step.exists():
+            step = self.folder / str(_step(path))
+            if step.exists() and _damage(step) is None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
+                shutil.rmtree(step, ignore_errors=True)
                 path.rename(step)
         sound, damaged, half_removed = _examined(self.folder)
         half_written = self.folder.glob("*.orbax-checkpoint-tmp*")  # of a program that was killed
@@ -210,8 +211,8 @@ class Checkpoints:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
-            good = self._manager.all_steps()
-            kept = f"the last good one is of step {max(good)}" if good else "there is no earlier one"
+            good = _steps(self.folder)
+            kept = f"the last good one is of step {_step(good[0])}" if good else "there is no earlier one"
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
 
@@ -244,8 +245,15 @@ class Checkpoints:
 
 
 def _steps(folder):
-    """The finished checkpoints in a folder, the newest first."""
-    return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: -int(path.name))
+    """The finished checkpoints in a folder, the newest first, those among them for which others are being written."""
+    found = {_step(path): path for path in folder.glob(f"{PUT_BY}*")}
+    found |= {_step(path): path for path in folder.glob("*") if path.name.isdecimal()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _step(path):
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix(PUT_BY))
 
 
 def _examined(folder):
