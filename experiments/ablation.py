@@ -14,10 +14,10 @@ import json
 import statistics
 from pathlib import Path
 
-from plif_jax import cli
+from plif_jax import cli, data
 from plif_jax.analysis import reference
 from plif_jax.catalog import DATASETS
-from plif_jax.config import Config, parse
+from plif_jax.config import Config, Parser, parse
 from plif_jax.curves import COLORS, epoch_axis, figure, line, tau_over_epochs
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import MAY_CHANGE
@@ -156,14 +156,15 @@ def draw(runs, path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("-datasets", "--datasets", nargs="+", choices=list(DATASETS), required=True)
     parser.add_argument("-seeds", "--seeds", nargs="+", type=int, default=[2020])
     chosen, flags = parser.parse_known_args(argv)
     runs = plan(chosen.datasets, chosen.seeds, flags)
     folder = Path(next(iter(runs.values()))[0].log_dir_prefix).parent
+    unfinished = {dataset: run for (dataset, _), configs in runs.items() for run in configs if not finished(run)}
+    for run in unfinished.values():
+        data.load(run)  # a data set that is not there should not cost the training of those before it
     try:
         for (dataset, name), configs in runs.items():
             for run in configs:

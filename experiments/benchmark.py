@@ -17,6 +17,7 @@ from bench import report, suites
 from bench.machine import machine
 
 from plif_jax import cli
+from plif_jax.config import Parser
 from plif_jax.networks import NETWORKS
 
 SUITES = ("neuron", "train", "infer", "frames", "pipeline", "memory")
@@ -52,7 +53,7 @@ def _numbers(text, *words):
 
 def parser():
     """The command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("suite", choices=(*SUITES, "all"))
     flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
     flags.add_argument("-rounds", type=int, default=7, help="runs of each peer (default 7)")

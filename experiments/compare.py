@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plif_jax import cli
 from plif_jax.analysis import reference
-from plif_jax.config import Config
+from plif_jax.config import Config, Parser
 from plif_jax.curves import (
     COLORS,
     accuracy_over_epochs,
@@ -85,7 +85,7 @@ def draw(ours, theirs, name, path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--reference", "-reference", type=Path, required=True, help="folder with published curves")
     flags = parser.parse_args(argv)

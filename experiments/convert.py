@@ -11,12 +11,13 @@ import argparse
 from pathlib import Path
 
 from plif_jax import cli
+from plif_jax.config import Parser
 from plif_jax.interop import torch, torch_files
 from plif_jax.training.checkpoint import load_network
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="folder of a run, .pt, .pth or .npz")
     parser.add_argument("target", metavar="OUT", help=".npz, .pt or .pth")
     parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best", help="of a run")

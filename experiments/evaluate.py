@@ -8,12 +8,13 @@ import argparse
 import dataclasses
 
 from plif_jax import cli
+from plif_jax.config import Parser
 from plif_jax.training.checkpoint import load_network
 from plif_jax.training.evaluation import evaluate
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
     parser.add_argument("-data_root", "--data_root", help="folder with data sets, if not the one of the training")

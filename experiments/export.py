@@ -12,12 +12,13 @@ import os
 from pathlib import Path
 
 from plif_jax import cli
+from plif_jax.config import Parser
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import load_network
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("out", type=Path, help="file to write, ending in .nir or .jax")
     parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")

@@ -8,6 +8,7 @@ firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
 
 import argparse
 import dataclasses
+import math
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from plif_jax import cli, data, neurons, surrogate
 from plif_jax.analysis import operations, plots, recording
+from plif_jax.config import Parser
 from plif_jax.curves import figure, summary
 from plif_jax.data import batches
 from plif_jax.errors import UserError
@@ -60,7 +62,10 @@ def draw_neurons(net, folder):
 
 def draw_input(config, x, stored, folder):
     """The sample: frames as a sheet and as an animation, or the image."""
-    fig, ax = figure(width=8, height=0.5 + 8 * -(-config.T // 5) / 5) if config.facts.events else figure(width=4)
+    H, W, _ = config.facts.shape
+    columns = min(5, config.T)
+    rows = -(-config.T // columns)
+    fig, ax = figure(width=8, height=0.5 + 8 * rows / columns * H / W) if config.facts.events else figure(width=4)
     if config.facts.events:
         plots.event_frames(ax, x[:, 0])
         plots.save_gif(x[:, 0], folder / "input.gif")
@@ -98,15 +103,19 @@ def draw_layers(net, x, folder):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-data_root", "--data_root", help="where the data sets lie now, if not where the run had them")
     parser.add_argument("-sample", "--sample", type=int, default=0, help="position of the drawn sample in the test set")
     energies = {"accumulate": operations.ACCUMULATE_PJ, "multiply_accumulate": operations.MULTIPLY_ACCUMULATE_PJ}
     for name, pj in energies.items():
         parser.add_argument(f"-{name}_pj", f"--{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
+    parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
     flags = parser.parse_args(argv)
-    config, net = load_network(flags.run)
+    for name in energies:
+        if not 0 <= (pj := getattr(flags, f"{name}_pj")) < math.inf:
+            raise UserError(f"-{name}_pj {pj}: an energy is a number from 0")
+    config, net = load_network(flags.run, flags.checkpoint)
     if flags.data_root:
         config = dataclasses.replace(config, data_root=flags.data_root)
     part = batches.partition(config, data.load(config))["test"]

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from plif_jax import cli, config, data
+from plif_jax.config import Parser
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import MAY_CHANGE
@@ -171,7 +172,7 @@ def _section(name, what, row, theirs):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"any of {', '.join(ROWS)}")
     parser.add_argument("-minutes", "--minutes", type=float, default=float("inf"), help="wall-clock limit for all rows")
     parser.add_argument("-logs", "--logs", default="logs/results", help="folder for the runs (default logs/results)")

@@ -181,9 +181,15 @@ def _checked(field, value):
     return value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes are answered in one line."""
+
     def error(self, message):
-        raise UserError(message)
+        """Raises what argparse complains of as a `UserError`, with the flag that may have been meant."""
+        unknown = re.match(r"unrecognized arguments: -*([^\s=]+)", message)
+        known = [name.lstrip("-") for action in self._actions for name in action.option_strings]
+        near = unknown and nearest(unknown[1], known)
+        raise UserError(f"{message}; {f'did you mean -{near}?' if near else '-h lists the flags'}")
 
 
 def _convert(field, text):
@@ -206,7 +212,7 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
     Raises:
       UserError: an unknown flag (the nearest one is named), a value of the wrong type or out of range.
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

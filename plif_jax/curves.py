@@ -46,7 +46,7 @@ def full_strength(frames):
 
 def shades(n):
     """n colours from dark to light, for things that have an order: layers by depth, tau by size."""
-    return [colormaps["viridis"](0.9 * i / max(n - 1, 1)) for i in range(n)]
+    return [colormaps["viridis"](0.8 * i / max(n - 1, 1)) for i in range(n)]
 
 
 def tau_of(w):
@@ -82,7 +82,7 @@ def epoch_axis(ax):
     """Whole epochs to the right, and a grid."""
     ax.set_xlabel("epochs trained")
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
 
 

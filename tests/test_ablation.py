@@ -77,6 +77,7 @@ def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, c
         finish(run, best=0.9 + 0.01 * run.seed)
     trained = []
     monkeypatch.setattr(ablation, "train", lambda run: (trained.append(run), finish(run)))
+    monkeypatch.setattr(ablation.data, "load", lambda run: None)
     ablation.main(["-datasets", "MNIST", "-seeds", "1", "2", *flags])
     assert len(trained) == 8 and not any(run.use_plif and run.init_tau == 2 and run.use_max_pool for run in trained)
     printed = capsys.readouterr().out
@@ -101,8 +102,15 @@ def test_a_failing_run_still_leaves_the_table(flags, monkeypatch, capsys):
         raise UserError("no data")
 
     monkeypatch.setattr(ablation, "train", fail)
+    monkeypatch.setattr(ablation.data, "load", lambda run: None)
     with pytest.raises(UserError, match="no data"):
         ablation.main(["-datasets", "CIFAR10", *flags, "-val_ratio", "0.15"])
     printed = capsys.readouterr().out
     assert "| CIFAR10 | PLIF, tau0 = 2 | 92.58 | - | - | 0 | - |" in printed
     assert "| CIFAR10 | LIF, tau = 2 | - | - | - | 0 | - |" in printed
+
+
+def test_data_that_are_not_there_are_missed_before_anything_is_trained(flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(ablation, "train", lambda run: pytest.fail("trained"))
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        ablation.main(["-datasets", "Digits", "NMNIST", *flags, "-data_root", "nowhere", "-cache_dir", str(tmp_path)])

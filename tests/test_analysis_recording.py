@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import networks
+from plif_jax import networks, neurons
 from plif_jax.analysis import operations, recording
 from plif_jax.errors import UserError
 
@@ -87,9 +87,11 @@ def test_wrong_choices_are_named(net, frames):
     for beyond in (100, -1):
         with pytest.raises(UserError, match=rf"neuron {beyond} of fc\.6: it has 100 neurons"):
             recording.record(net, frames, {"fc.6": [3, beyond]})
-    for neurons in ([0, 5], -1):
+    for wrong in ([0, 5], -1, True):
         with pytest.raises(UserError, match=r"neurons is .*; give how many, or \{layer: indices\} for some of conv\.2"):
-            recording.record(net, frames, neurons)
+            recording.record(net, frames, wrong)
+    with pytest.raises(UserError, match=r"neurons of fc\.6 are \[0\.7\]; give whole numbers"):
+        recording.record(net, frames, {"fc.6": [0.7]})
     with pytest.raises(UserError, match="batch_size is -1; give 1 or more"):
         recording.record(net, frames, batch_size=-1)
 
@@ -155,3 +157,41 @@ def test_energy_has_changeable_constants():
 def test_recording_nothing_is_refused_in_a_line(net):
     with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to record; give at least one"):
         recording.record(net, jnp.zeros((4, 0, 34, 34, 2)))
+
+
+class PerChannel(neurons.Neuron):
+    """A neuron of one's own: a time constant for each value of the last axis."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.w = nnx.Param(jnp.linspace(-1, 1, features))
+
+    def charge(self, v, x):
+        return v + (x - v) * jax.nn.sigmoid(self.w[...].reshape((1,) * (x.ndim - 1) + (-1,)))
+
+
+@pytest.mark.parametrize("index", [[0, 5, 9, 14], [3], []])
+def test_chosen_neurons_keep_parameters_of_their_own(index):
+    x = jax.random.normal(jax.random.key(0), (6, 2, 2, 2, 4)) + 1
+    whole = recording._layer_record(PerChannel(4), x, PerChannel(4)(x), None)
+    some = recording._layer_record(PerChannel(4), x, PerChannel(4)(x), np.array(index, int))
+    for field in ("currents", "charges", "membranes", "spikes"):
+        expected = getattr(whole, field).reshape(6, 2, -1)[..., np.array(index, int)]
+        np.testing.assert_allclose(getattr(some, field), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_operations_are_counted_exactly(dtype):
+    net = networks.NMNISTNet(T=2, channels=57, number_layer=1, dtype=dtype, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 1, 34, 34, 2))
+    counted = operations.count(net, x)["conv.0"]
+    reached = 57 * 2 * (9 * 32**2 + 6 * 4 * 32 + 4 * 4)  # 9 outputs of an inner pixel, 6 at an edge, 4 at a corner
+    assert counted.dense == reached and counted.accumulates == 2 * reached
+
+
+def test_an_array_on_the_host_is_recorded_in_parts(net, frames, monkeypatch):
+    record, parts = recording._record, []
+    monkeypatch.setattr(recording, "_record", lambda *a: parts.append(a[2].shape[1]) or record(*a))
+    rates, _ = recording.record(net, np.asarray(frames), 0, batch_size=2)
+    assert parts == [2, 1]
+    np.testing.assert_allclose(rates, recording.record(net, frames, 0)[0], rtol=1e-6)

@@ -69,8 +69,10 @@ def test_settings_that_differ_are_named(published):
     others = "its CIFAR10 runs have use_plif False, init_tau 2.0, use_max_pool True; use_plif True, init_tau 2.0, "
     with pytest.raises(UserError, match=others):
         reference.load(published, Config(**SETTINGS, init_tau=16.0))
+    nothing = published / "nothing"
+    nothing.mkdir()
     with pytest.raises(UserError, match="holds no curves; give a folder"):
-        reference.load(published / "nowhere", Config(**SETTINGS))
+        reference.load(nothing, Config(**SETTINGS))
 
 
 @pytest.fixture
@@ -148,3 +150,20 @@ def test_compare_explains_what_is_missing(run, published, tmp_path):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no test accuracy yet"):
         compare.main([str(run), "--reference", str(published)])
+
+
+def test_curves_are_found_from_within_their_folder(published, monkeypatch):
+    monkeypatch.chdir(published / "accuracy_B")
+    assert list(reference.find(".")) == [reference.accuracy_b_name("CIFAR10")]
+    with pytest.raises(UserError, match="nowhere is not a folder: give the one with the published curves"):
+        reference.find("nowhere")
+
+
+def test_a_run_that_was_run_twice_is_not_mixed(tmp_path):
+    config = Config(**SETTINGS)
+    for seed in ("seed_1", "seed_2"):
+        with SummaryWriter(str(tmp_path / seed / config.run_name)) as writer:
+            writer.add_scalar("test_accuracy", 0.5, 0)
+    with pytest.raises(UserError, match=rf"run more than once: give one of .*seed_1/{config.run_name}, .*seed_2/"):
+        reference.load(tmp_path, config)
+    assert reference.load(tmp_path / "seed_1", config).metrics == {"test_accuracy": [(0, 0.5)]}

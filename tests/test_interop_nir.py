@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from plif_jax import networks, neurons
+from plif_jax.analysis import operations
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm
 
@@ -377,3 +378,12 @@ def test_another_simulator_fires_the_same_spikes(tmp_path, simulator, static, se
     ours, our_votes = spikes_of(net, x)
     assert_same_spikes(ours, fired)
     np.testing.assert_allclose(votes, our_votes, atol=1e-6)
+
+
+def test_operations_of_an_event_network_are_the_same_after_a_round_trip():
+    net = networks.NMNISTNet(T=2, channels=4, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).poisson(0.5, (2, 1, 34, 34, 2)), jnp.float32)
+    before = operations.count(net, x).values()
+    after = operations.count(nir_interop.from_nir(nir_interop.to_nir(net), T=2), x).values()
+    for one, other in zip(before, after, strict=False):  # the vote is a layer of its own in the graph
+        assert one.accumulates == other.accumulates and one.multiply_accumulates == other.multiply_accumulates

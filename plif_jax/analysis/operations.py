@@ -71,6 +71,7 @@ def fan_out(layer, shape) -> np.ndarray:
     graphdef, weights = nnx.split(layer)
     with jax.ensure_compile_time_eval():
         ones = nnx.merge(graphdef, jax.tree.map(jnp.ones_like, weights))
+        ones.dtype = jnp.float32  # counts are whole, which bfloat16 would round
         y, transpose = jax.vjp(ones, jnp.zeros((1, *shape), jnp.float32))
         return np.rint(np.asarray(transpose(jnp.ones_like(y))[0][0], np.float64)).astype(np.int64)
 
@@ -82,8 +83,8 @@ def _count(graphdef, state, x, reach):
     def observe(name, layer, entering, leaving):
         if name not in reach:
             return
-        # Every pixel of an image takes part, a black one too: its layer is dense.
-        whole = (entering == jnp.round(entering)) & (not name.startswith("static_conv"))
+        # Every pixel of a still image takes part, a black one too: its layer is dense.
+        whole = (entering == jnp.round(entering)) & (not name.startswith("static_conv") or x.ndim == 5)
         spikes = jnp.where(whole, jnp.abs(entering), 0).astype(jnp.int32)
         analog = (~whole).astype(jnp.int32)
         counts[name] = tuple(

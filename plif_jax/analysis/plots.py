@@ -80,7 +80,7 @@ def raster(ax, spikes_TN, title="", ylabel="neuron"):
     ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 60 / T), colors=COLORS[0])
     ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, N - 0.5), xlabel="time (timesteps)", ylabel=ylabel, title=title)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return ax
 
 
@@ -94,7 +94,7 @@ def firing_rates(ax, layers: Mapping[str, LayerRecord]):
             color = "black" if rates_LT[i, t] > 0.6 * rates_LT.max() else "white"
             ax.text(t + 1, i, f"{rates_LT[i, t]:.1f}", color=color, ha="center", va="center", fontsize="small")
     ax.set_yticks(range(L), layers)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="time (timesteps)", ylabel="spiking layer, input at the top")
     ax.figure.colorbar(image, ax=ax, label="neurons that fire (%)")
     return ax

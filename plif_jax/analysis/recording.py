@@ -1,7 +1,7 @@
 """What the neurons of a network did: currents, membranes, spikes and firing rates of every spiking layer.
 
 A recording watches `SpikingNet.unroll` from outside. The network stays as it is and pays nothing when nobody looks;
-membranes are computed again from the currents, for the chosen neurons only.
+membranes are computed again from the currents, and kept of the chosen neurons only.
 """
 
 from collections.abc import Mapping
@@ -51,17 +51,19 @@ def record(net, x, neurons=None, *, batch_size=None):
     Raises:
       UserError: a layer that does not exist, an index beyond its neurons, no such choice or batch_size, or an empty x.
     """
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise UserError(f"batch_size is {batch_size}; give 1 or more samples at a time, or nothing for all")
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not x.size:
         raise UserError(f"x of shape {x.shape} holds nothing to record; give at least one sample and one timestep")
     graphdef, state = nnx.split(net)
-    batch_axis = x.ndim - 4  # 0 in images, 1 in frames
-    size = x.shape[batch_axis]
-    chosen = _chosen(net, jax.lax.slice_in_dim(x, 0, min(size, 1), axis=batch_axis), neurons)
+    before = (slice(None),) * (x.ndim - 4)  # time, in frames
+    size = x.shape[len(before)]
+    chosen = _chosen(net, x[(*before, slice(1))], neurons)
     parts = []
     for start in range(0, size, batch_size or size):
-        part = jax.lax.slice_in_dim(x, start, min(start + (batch_size or size), size), axis=batch_axis)
+        # Sliced where it is: of an array on the host no more than a part goes to the device.
+        part = x[(*before, slice(start, start + (batch_size or size)))]
         rates, layers = _record(graphdef, state, part, chosen)
         parts.append((rates, {name: layers[name] for name in chosen}))  # jit sorts by name: conv.10 before conv.2
     return parts[0] if len(parts) == 1 else _joined(parts)
@@ -79,13 +81,16 @@ def _chosen(net, x, neurons):
     jax.eval_shape(partial(evaluate, observe=observe), *nnx.split(net), x)
     if neurons is None:
         return dict.fromkeys(sizes)
-    if isinstance(neurons, int | np.integer) and neurons >= 0:
+    if isinstance(neurons, int | np.integer) and not isinstance(neurons, bool) and neurons >= 0:
         return {name: np.linspace(0, n - 1, min(neurons, n)).astype(int) for name, n in sizes.items()}
     if not isinstance(neurons, Mapping):
         raise UserError(f"neurons is {neurons}; give how many, or {{layer: indices}} for some of {', '.join(sizes)}")
     if unknown := neurons.keys() - sizes.keys():
         raise UserError(f"no spiking layer {min(unknown)}; this network's are {', '.join(sizes)}")
-    chosen = {name: np.asarray(neurons.get(name, ()), int) for name in sizes}
+    given = {name: np.asarray(neurons.get(name, ())) for name in sizes}
+    if wrong := [name for name, index in given.items() if index.size and index.dtype.kind not in "iu"]:
+        raise UserError(f"neurons of {wrong[0]} are {neurons[wrong[0]]}; give whole numbers, counted from 0")
+    chosen = {name: index.astype(int) for name, index in given.items()}
     for name, index in chosen.items():
         if (beyond := index[(index < 0) | (index >= sizes[name])]).size:
             raise UserError(f"neuron {beyond[0]} of {name}: it has {sizes[name]} neurons, counted from 0")
@@ -115,19 +120,26 @@ def _layer_record(neuron, currents, spikes, index):
     counted = spikes.astype(jnp.float32)
     firing_rate = counted.reshape(T, B, -1).mean(-1)
     neuron_rate = counted.mean((0, 1))
-    if index is not None:
-        currents, spikes = (a.reshape(T, B, -1)[..., index] for a in (currents, spikes))
-    charges, membranes, _ = charge_fire_reset(neuron, currents)
-    return LayerRecord(currents, charges, membranes, spikes, firing_rate, neuron_rate)
+
+    def of_chosen(a):
+        axes_before = a.ndim - (currents.ndim - 2)
+        return a if index is None else a.reshape(*a.shape[:axes_before], -1)[..., index]
+
+    if index is not None and not index.size:
+        nothing = jnp.zeros((T, B, 0), currents.dtype)
+        return LayerRecord(nothing, nothing, nothing, nothing, firing_rate, neuron_rate)
+    # All neurons charge, for a neuron of one's own may have parameters for each; what is kept is what was chosen.
+    charges, membranes, _ = charge_fire_reset(neuron, currents, of_chosen)
+    return LayerRecord(of_chosen(currents), charges, membranes, of_chosen(spikes), firing_rate, neuron_rate)
 
 
-def charge_fire_reset(neuron, x):
+def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
     """h before firing, v after the reset, and spikes s, all [T, ...], of neurons at rest for currents x [T, ...]."""
 
     def step(v, x):
         h = neuron.charge(v, x.astype(v.dtype))
         v, s = neuron.step(v, x)
-        return v, (h, v, s)
+        return v, jax.tree.map(of_chosen, (h, v, s))
 
     return jax.lax.scan(step, neuron.rest(x), x)[1]
 

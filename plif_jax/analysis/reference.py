@@ -43,7 +43,7 @@ def load(folder: str | Path, config: Config) -> Reference:
     """The curves under `folder` whose run's settings are those of `config`, or are nearest to them.
 
     Raises:
-      UserError: there are no curves, none of such a run, or a file of them is damaged.
+      UserError: there are no curves, none of such a run or those of several, or a file of them is damaged.
     """
     runs = find(folder)
     if not runs:
@@ -59,6 +59,9 @@ def load(folder: str | Path, config: Config) -> Reference:
     if not candidates:
         raise UserError(f"{folder} holds no curves of a run like {config.run_name}; {_choice(runs, config)}")
     name = min(candidates, key=lambda name: len(candidates[name]))
+    places = sorted({str(path.parent) for path in runs[name] if path.suffix != ".csv"})
+    if len(places) > 1:
+        raise UserError(f"{name} was run more than once: give one of {', '.join(places)}")
     return Reference(name, candidates[name], read(runs[name]))
 
 
@@ -90,8 +93,11 @@ def settings_of(run_name: str) -> dict[str, str | None]:
 
 def find(folder: str | Path) -> dict[str, list[Path]]:
     """The files of each published run under `folder`, {run name: paths}."""
+    folder = Path(folder).resolve()  # "." has no name
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one with the published curves")
     runs = {}
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(folder.rglob("*")):
         if path.parent.name == "accuracy_B" and path.suffix == ".csv" and path.stem in DATASETS:
             name = accuracy_b_name(path.stem)
         elif path.suffix == ".csv" and "-tag-" in path.stem:

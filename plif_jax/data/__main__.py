@@ -1,15 +1,15 @@
 """`python -m plif_jax.data check NAME [-data_root DIR]`: say what there is of a data set, and draw a few samples."""
 
-import argparse
 import sys
 
 from plif_jax import cli
 from plif_jax.catalog import DATASETS
+from plif_jax.config import Parser
 from plif_jax.data.check import check
 
 
 def main(argv):
-    parser = argparse.ArgumentParser("python -m plif_jax.data", description=__doc__)
+    parser = Parser("python -m plif_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("-data_root", "--data_root", help="the folder with your data sets")
