@@ -167,6 +167,26 @@ def test_several_steps_in_one_call_are_the_same_training(settings, whole, tmp_pa
     assert len(read_metrics(config.run_dir)["train_loss"]) == 1
 
 
+def test_a_long_epoch_is_saved_in_its_middle(whole, tmp_path, monkeypatch):
+    """What dies in step 9 of 10 goes on from step 8."""
+    config = dataclasses.replace(whole[0], log_dir_prefix=str(tmp_path))
+    account = loop.Run._account
+
+    def die(run, first, *arguments):
+        if first == 8:
+            raise MemoryError
+        return account(run, first, *arguments)
+
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+    with monkeypatch.context() as dying, pytest.raises(MemoryError):
+        dying.setattr(loop.Run, "_account", die)
+        loop.train(config, say=lambda line: None)
+    said = []
+    loop.train(config, say=said.append)
+    assert "continuing after epoch 1, step 8" in said
+    assert_same_run(config, whole[0])
+
+
 def test_a_run_goes_on_with_other_steps_per_call_where_it_was_stopped(settings, monkeypatch):
     for steps, K in [(5, 1), (5, 2), (6, 3), (7, 32)]:
         monkeypatch.setattr(loop, "steps_per_call", lambda config, chosen, K=K: K)

@@ -20,6 +20,7 @@ from plif_jax.training import devices, distributed, report, signals, state, step
 from plif_jax.training.checkpoint import Checkpoints
 from plif_jax.training.logs import Logs
 
+SAVE_EVERY_SECONDS = 600  # in the middle of an epoch: a kill costs no more of a long one
 LOG_EVERY = 256  # steps between train_loss and train_accuracy, as the paper's program logs
 
 
@@ -97,7 +98,8 @@ class Run:
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"], say)
             report.write(config.run_dir / "config.json", config.to_json())
-        self.started = time.monotonic() - self.progress["seconds"]
+        self.saved = time.monotonic()
+        self.started = self.saved - self.progress["seconds"]
 
     def finish(self) -> dict:
         """Trains the epochs that are left and returns the result."""
@@ -144,6 +146,12 @@ class Run:
                     bar.update(pending[1])
                 pending = (first + done, size, metrics)
                 done += size
+                # Several processes would have to agree on the time.
+                if jax.process_count() == 1 and time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
+                    sums += self._account(*pending, index_SB)
+                    count, pending = count + size, None
+                    bar.update(size)
+                    self._save_in_mid_epoch(sums)
                 if self.asked:
                     break
             if pending is not None:
@@ -252,6 +260,12 @@ class Run:
         self.progress["seconds"] = time.monotonic() - self.started
         self.progress["points"] = self.logs.sync() if self.main else 0
         self.checkpoints.save(self.state, self.progress, score)
+        self.saved = time.monotonic()
+
+    def _save_in_mid_epoch(self, sums):
+        self._refuse_lost_weights()
+        self.progress["sums"] = sums.tolist()
+        self._save(-1.0)
 
     def _save_and_stop(self, signum):
         self._save(-1.0)
