@@ -6,6 +6,7 @@ Warnings of our own code are errors, and so is rank promotion.
 import os
 import shutil
 import tempfile
+from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
@@ -20,6 +21,7 @@ import jax
 import pytest
 
 from plif_jax import neurons
+from plif_jax.config import Config
 
 # Shapes that differ in their number of axes are a mistake more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,3 +56,24 @@ def back_to_float32():
 def rolled(monkeypatch):
     """Many unrolled timesteps compile slowly, and give the same numbers."""
     monkeypatch.setattr(neurons, "MAX_UNROLL", 1)
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    """A run of seconds: two channels, 40 digits."""
+    return partial(
+        Config,
+        dataset_name="Digits",
+        use_plif=True,
+        use_max_pool=True,
+        detach_reset=True,
+        T=3,
+        channels=2,
+        number_layer=1,
+        batch_size=8,
+        train_samples=40,
+        test_samples=20,
+        max_epoch=2,
+        device="cpu:0",
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )

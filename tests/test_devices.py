@@ -1,0 +1,47 @@
+"""Which devices train, by the authors' names, and what is kept for them."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from plif_jax.errors import UserError
+from plif_jax.training import devices
+
+
+def test_batch_size_must_divide_among_the_devices(settings):
+    with pytest.raises(UserError, match=r"-batch_size 6 does not divide among 4 devices; give 4 or 8"):
+        devices.choose(settings(batch_size=6, device="cpu"))
+
+
+def test_every_process_must_have_a_device(settings, monkeypatch):
+    of_two = [SimpleNamespace(process_index=i // 2, platform="cpu", id=i) for i in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda platform=None: of_two)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"-device cpu:0: process 1 has none of .*leave -device out"):
+        devices.choose(settings(device="cpu:0"))
+    assert devices.choose(settings(device="cpu:0,2")) == of_two[::2]
+
+
+def test_devices_by_the_authors_names(settings):
+    every = jax.devices()
+    assert devices.choose(settings(device=None)) == devices.choose(settings(device="cpu")) == every
+    assert devices.choose(settings(device="cpu:1")) == every[1:2]
+    assert devices.choose(settings(device="cpu:0,1")) == every[:2]
+    said = []
+    assert devices.choose(settings(device="cuda:0"), said.append) == every
+    assert "JAX finds no cuda here" in said[0]
+    for wrong in ("cpu:9", "gpux", "cpu:a"):
+        with pytest.raises(UserError, match=f"-device {wrong}"):
+            devices.choose(settings(device=wrong))
+
+
+@pytest.mark.parametrize("platform, chosen, kept", [("gpu", None, 1), ("gpu", "theirs", 0), ("cpu", None, 0)])
+def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, platform, chosen, kept):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        devices.keep_compiled([SimpleNamespace(platform=platform)], tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (str(tmp_path / "compiled") if kept else chosen)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

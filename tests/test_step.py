@@ -1,0 +1,102 @@
+"""One training step: its loss, its gradient averaged over devices, its optimiser, what it draws."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plif_jax import data
+from plif_jax.data import batches
+from plif_jax.training import checkpoint, state, step
+
+
+@pytest.mark.parametrize("precision, tolerance", [("float64", 1e-10), ("float32", 1e-5)])
+def test_1_2_and_4_devices_train_the_same_network(settings, precision, tolerance):
+    """In float32 as long as no last bit turns a spike; in these 20 steps none does."""
+    config = settings(precision=precision, init_tau=1.1, channels=4)  # its neurons fire from the start
+    state.set_precision(config)
+    part = batches.partition(config, data.load(config, progress=False))["train"]
+    index = np.concatenate([batches.training_batches(config.seed, epoch, part, 8) for epoch in range(4)])
+
+    def trained(chosen):
+        optimizer = state.adam(config, 5)
+        graphdef, now = state.create(config, optimizer, chosen)
+        feed = batches.Feed(part.split, chosen)
+        train = step.make_train(config, graphdef, optimizer, chosen, feed.axis)
+        for arguments in feed.chunks(index, [1] * 20):
+            now, _ = train(now, *arguments, np.zeros(len(chosen), np.int32))
+        copies = [np.stack([shard.data for shard in leaf.addressable_shards]) for leaf in jax.tree.leaves(now)]
+        assert all((copy == copy[:1]).all() for copy in copies)  # devices agree to the bit
+        return checkpoint._names((now.params, now.batch_stats))
+
+    one = trained(jax.devices()[:1])
+    for count in (2, 4):
+        many = trained(jax.devices()[:count])
+        for name, value in one.items():
+            # w is float32, as in the paper's program: its last bit may differ.
+            bound = tolerance if value.dtype == precision else 2e-6
+            np.testing.assert_allclose(many[name], value, rtol=bound, atol=bound, err_msg=name)
+
+
+def test_learning_rate_follows_the_cosine_past_T_max(settings, x64):
+    config, steps_per_epoch = settings(learning_rate=0.1, T_max=4), 3
+    optimizer = state.adam(config, steps_per_epoch)
+    now, moved = optimizer.init(jnp.ones(())), []
+    for _ in range(9 * steps_per_epoch):
+        update, now = optimizer.update(jnp.ones(()), now)  # Adam under a constant gradient moves by -lr
+        moved.append(-float(update))
+    epochs = np.arange(9)
+    expected = 0.1 * (1 + np.cos(np.pi * epochs / 4)) / 2
+    np.testing.assert_allclose(np.array(moved).reshape(9, 3), expected[:, None].repeat(3, 1), atol=1e-8)
+    assert expected[4] < 1e-9 and expected[8] == pytest.approx(0.1)
+
+
+def test_adam_is_the_papers(settings, x64):
+    """Kingma and Ba, 2015, Algorithm 1, written out, under gradients that change."""
+    optimizer = state.adam(settings(), steps_per_epoch=100)
+    gradients = np.random.default_rng(0).normal(1, 3, 50)
+    now, m, v = optimizer.init(jnp.ones(())), 0.0, 0.0
+    for step_count, g in enumerate(gradients, 1):
+        update, now = optimizer.update(jnp.asarray(g), now)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = -1e-3 * (m / (1 - 0.9**step_count)) / (np.sqrt(v / (1 - 0.999**step_count)) + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=1e-9)
+
+
+def test_loss_is_the_squared_error_of_rates_and_accuracy_counts_the_largest(settings):
+    config, net = settings(), state.network(settings())
+    for layer in net.named_layers().values():
+        if hasattr(layer, "kernel"):
+            layer.kernel[...] *= 8  # all layers fire
+    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    x = np.random.default_rng(0).poisson(0.5, (8, config.T, 34, 34, 2)).astype(np.uint8)
+    keys = step.sample_keys(config, 0, jnp.arange(8))
+    rates = np.asarray(net(step.frames_for(config, jnp.asarray(x)), rngs=keys[1]))
+    y = np.where(np.arange(8) < 5, rates.argmax(-1), 9 - rates.argmax(-1))
+    loss, (accuracy, _) = step.loss_of(config, graphdef, params, batch_stats, jnp.asarray(x), jnp.asarray(y), keys)
+    assert np.ptp(rates) > 0 and accuracy == 5 / 8
+    np.testing.assert_allclose(loss, np.mean((rates - np.eye(10)[y]) ** 2), rtol=1e-6)
+
+
+def test_the_first_layer_that_failed_is_named_also_where_names_sort_otherwise(settings):
+    config = settings(number_layer=4)
+    graphdef, now = state.create(config, state.adam(config, 1), jax.local_devices()[:1])
+    for index in (4, 12):
+        now.params["conv"][index]["kernel"][...] = jnp.full_like(now.params["conv"][index]["kernel"][...], jnp.nan)
+    frames = np.ones((2, 3, 34, 34, 2), np.uint8)
+    assert step.first_failure(config, graphdef, now, frames, np.zeros(2, np.int32)) == "the output of conv.4"
+
+
+def test_dropout_and_order_are_functions_of_seed_and_step(settings):
+    config = settings()
+    part = batches.partition(config, data.load(config, progress=False))["train"]
+    order = partial(batches.training_batches, part=part, batch_size=8)
+    assert (
+        (order(1, 2) == order(1, 2)).all() and (order(1, 2) != order(1, 3)).any() and (order(1, 2) != order(2, 2)).any()
+    )
+    first, again, later = (step.sample_keys(config, at, jnp.arange(4)) for at in (3, 3, 4))
+    assert (jax.random.key_data(first) == jax.random.key_data(again)).all()
+    assert (jax.random.key_data(first) != jax.random.key_data(later)).any()
