@@ -129,7 +129,7 @@ def main(argv):
     stored = part.split.x[index]
     x = jax.jit(partial(frames_for, config))(stored)
 
-    summary(read_metrics(flags.run), folder / "training.png", flags.run.name)
+    summary(read_metrics(flags.run), folder / "training.png", flags.run.name, config.init_tau)
     print(folder / "training.png")
     draw_neurons(net, folder)
     draw_input(config, x, stored, folder)

@@ -121,7 +121,7 @@ def keep(name, settings):
     }
     KEPT.mkdir(exist_ok=True)
     (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name)
+    summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
 
 
 def published():

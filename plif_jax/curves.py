@@ -109,20 +109,23 @@ def accuracy_over_epochs(ax, metrics):
     return ax
 
 
-def tau_over_epochs(ax, metrics):
+def tau_over_epochs(ax, metrics, init_tau=None):
     """Draws the membrane time constant of every spiking layer over epochs; logarithmic where they spread far.
 
     Args:
       metrics: {"w0": [(step, w), ...], ...}; the steps of an epoch are inferred.
+      init_tau: where all layers began, drawn too if given.
     """
+    before = [] if init_tau is None else [init_tau]
     tags = w_tags(metrics)
     steps_per_epoch = infer_steps_per_epoch(metrics)
     taus = []
     for tag, color in zip(tags, shades(len(tags)), strict=True):
         steps, w = np.array(metrics[tag]).T
-        taus.append(tau_of(w))
+        taus.append(np.array([*before, *tau_of(w)]))
         label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.2f}"
-        ax.plot(steps / steps_per_epoch, taus[-1], label=label, **line(w, color))
+        epochs = [*(0 for _ in before), *steps / steps_per_epoch]
+        ax.plot(epochs, taus[-1], label=label, **line(epochs, color))
     if tags:
         ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
         if max(map(np.max, taus)) > 8 * min(map(np.min, taus)):
@@ -135,12 +138,12 @@ def tau_over_epochs(ax, metrics):
     return ax
 
 
-def summary(metrics, path, title=""):
-    """Writes the picture of a run: accuracy over epochs, and beside it tau where the network learns it."""
+def summary(metrics, path, title="", init_tau=None):
+    """Writes the picture of a run: accuracy over epochs, and beside it tau, from `init_tau` on, where it is learned."""
     learned = bool(w_tags(metrics))
     fig, axes = figure(1, 1 + learned, width=11 if learned else 6.4, squeeze=False)
     accuracy_over_epochs(axes[0, 0], metrics)
     if learned:
-        tau_over_epochs(axes[0, 1], metrics)
+        tau_over_epochs(axes[0, 1], metrics, init_tau)
     run_title(fig, title)
     fig.savefig(path, dpi=120)

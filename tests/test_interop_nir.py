@@ -333,6 +333,9 @@ def test_what_these_networks_cannot_express_is_refused():
     )
     with pytest.raises(UserError, match="scales its input by 2"):
         nir_interop.from_nir(scaled, T=1)
+    for given in ({"dt": 0.0, "T": 1}, {"dt": 1e-4, "T": 0}):
+        with pytest.raises(UserError, match="give dt in seconds above 0, and T of 1 or more"):
+            nir_interop.from_nir(scaled, **given)
     nothing = chain(("input", nir.Input(np.array([4]))), ("output", nir.Output(np.array([4]))), metadata={"dt": 1e-4})
     with pytest.raises(UserError, match="no neurons"):
         nir_interop.from_nir(nothing, T=1)

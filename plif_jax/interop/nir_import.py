@@ -30,6 +30,8 @@ def from_nir(graph, *, dt=None, T=None):
       UserError: the graph is no chain, lacks dt or T, or holds something these networks cannot express.
     """
     dt, T = (_from_metadata(graph, *setting) for setting in (("dt", dt), ("T", T)))
+    if not (dt > 0 and T >= 1):
+        raise UserError(f"dt is {dt} and T {T}; give dt in seconds above 0, and T of 1 or more")
     chain = _chain(graph)
     shape = tuple(int(size) for size in chain.pop(0)[1].output_type["output"])
     layers = []  # (layer, shape after it)

@@ -74,7 +74,7 @@ def write_result(config, result):
 def conclude(config, result, say):
     """Draws `summary.png` into the run folder and says what there is to know."""
     folder = config.run_dir
-    summary(read_metrics(folder), folder / "summary.png", title=config.run_name)
+    summary(read_metrics(folder), folder / "summary.png", title=config.run_name, init_tau=config.init_tau)
     best, last = result["best"], result["last"]
     say(f"\n{result['protocol']} of {config.run_name}")
     chosen = "test" if config.val_ratio is None else "validation"
