@@ -54,7 +54,6 @@ def test_tau_is_drawn_for_each_layer_in_order(ax):
     assert ax.get_yscale() == "log"
 
 
-@pytest.mark.parametrize("metrics", [{}, {"test_accuracy": [(0, 0.5)]}, METRICS])
 def test_taus_begin_where_all_layers_began():
     _, ax = curves.figure()
     curves.tau_over_epochs(ax, {"w0": [(10, 0.0), (20, 1.0)], "w1": [(10, 0.0), (20, -1.0)]}, init_tau=16.0)
@@ -63,6 +62,7 @@ def test_taus_begin_where_all_layers_began():
         np.testing.assert_allclose(line.get_ydata(), [16, 2, last])
 
 
+@pytest.mark.parametrize("metrics", [{}, {"test_accuracy": [(0, 0.5)]}, METRICS])
 def test_a_summary_is_written_whatever_was_logged(metrics, tmp_path):
     curves.summary(metrics, tmp_path / "summary.png", "run")
     learned = Image.open(tmp_path / "summary.png").width > 1000
