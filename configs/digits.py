@@ -16,6 +16,6 @@ config = Config(
     channels=16,
     number_layer=2,
     learning_rate=3e-3,
-    max_epoch=8,
-    T_max=8,
+    max_epoch=12,
+    T_max=12,
 )
