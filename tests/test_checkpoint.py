@@ -234,4 +234,6 @@ def test_a_step_that_cannot_be_saved_again_is_still_the_last_good_one(tmp_path, 
     checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
     with pytest.raises(UserError, match=r"No space left on device.*; the last good one is of step 10"):
         checkpoints.wait()
+    checkpoints.wait()
     checkpoints._lock.close()
+    assert restored(tmp_path) == (10, [])

@@ -9,6 +9,7 @@ from plif_jax.data.check import check
 
 
 def main(argv):
+    """Says what there is of the data set that the flags name."""
     parser = Parser("python -m plif_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))

@@ -193,7 +193,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             for path in self.folder.glob(f"{PUT_BY}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                if (self.folder / str(_step(path))).exists():  # not after a save that failed
+                    shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self):
         return self
