@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from plif_jax import cli
 from plif_jax.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
 import benchmark
-from bench import limits, ratios, report, suites
+from bench import jax_work, limits, ratios, report, suites
 from bench.peers import Peer, PeerError, in_turn
 
 
@@ -126,6 +127,31 @@ def test_a_peer_that_cannot_be_built_says_why():
         with pytest.raises(PeerError, match="KeyError: 'nothing'"):
             asked()
     peer.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "found"),
+    [
+        ("train", {"batch": 8}, {"samples": 16}),
+        ("infer", {"batch": 8}, {"samples": 16}),
+        ("memory", {"batch": 8}, {}),
+        ("matmul", {"size": 32}, {"flops": 2 * 2 * 32**3}),
+        ("epoch", {"bare": False}, {"samples": 32}),
+        ("epoch", {"bare": True}, {"samples": 32}),
+    ],
+)
+def test_our_side_of_each_comparison_runs(kind, more, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # it is for whole processes
+    monkeypatch.setenv("PLIF_JAX_CACHE", str(tmp_path))
+    small = suites.network("Digits") | {"T": 2, "channels": 2, "number_layer": 1}
+    spec = {"kind": kind, "network": small, "precision": "float32", "calls": 2, "data_root": None}
+    run, facts = jax_work.build(spec | {"train_samples": 32, "test_samples": 20} | more)
+    for _ in range(2):
+        run()
+    assert found.items() <= facts.items()
+    assert kind != "memory" or facts["peak_bytes"] > 10_000
+    if kind == "epoch":
+        run.close()
 
 
 def _run(tmp_path, *argv):

@@ -1,5 +1,6 @@
 """Our side of each comparison, and the machine's own limits measured with the same framework and threads."""
 
+import contextlib
 import os
 import tempfile
 
@@ -198,22 +199,25 @@ def _frames(spec):
 def _epoch(spec):
     """An epoch as a user runs it or, `bare`, its compiled steps and evaluations with nothing between them."""
     from plif_jax import data
+    from plif_jax.data import batches
     from plif_jax.training import devices, loop, signals
     from plif_jax.training.checkpoint import Checkpoints
 
-    folder = tempfile.TemporaryDirectory(prefix="plif_jax_bench_")
+    ending = contextlib.ExitStack()
     config = _config(
         spec,
         16,
-        log_dir_prefix=folder.name,
+        log_dir_prefix=ending.enter_context(tempfile.TemporaryDirectory(prefix="plif_jax_bench_")),
         data_root=spec["data_root"],
         train_samples=spec["train_samples"],
         test_samples=spec["test_samples"],
         max_epoch=1000,
     )
     chosen = devices.choose(config)[:1]
-    checkpoints = Checkpoints(config.checkpoint_dir, config, print)
-    training = loop.Run(config, data.load(config, progress=False), chosen, checkpoints, signals.Stop(), print)
+    checkpoints = ending.enter_context(Checkpoints(config.checkpoint_dir, config, print))
+    dataset = data.load(config, progress=False)
+    parts = batches.partition(config, dataset)
+    training = loop.Run(config, dataset, parts, chosen, checkpoints, signals.Stop(), print)
     facts = _facts(samples=training.steps_per_epoch * config.batch_size)
     epochs = iter(range(config.max_epoch))
 
@@ -223,7 +227,7 @@ def _epoch(spec):
         training.conclude(epoch, figures | {"test_accuracy": training.accuracy("test")})
 
     run = _bare(training) if spec["bare"] else as_run
-    run.folder = folder  # which is removed with the work
+    run.close = ending.close
     return run, facts
 
 

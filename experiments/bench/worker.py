@@ -26,6 +26,8 @@ def main(framework, spec):
         began = time.perf_counter()
         run()
         answer(seconds=time.perf_counter() - began)
+    if hasattr(run, "close"):  # what it wrote goes with it
+        run.close()
 
 
 if __name__ == "__main__":
