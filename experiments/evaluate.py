@@ -27,9 +27,14 @@ def main(argv):
 
     print(f"{config.run_name}, {given.checkpoint} checkpoint, {figures['samples']} test samples")
     print(f"accuracy  {figures['accuracy']:.2%}\n")
-    print("class  accuracy  predicted as " + " ".join(f"{label:>5}" for label in range(len(figures["confusion"]))))
-    for label, row in enumerate(figures["confusion"]):
-        print(f"{label:>5}  {figures['per_class'][label]:>8.2%}               " + " ".join(f"{n:>5}" for n in row))
+    names = [
+        f"{label:>2} {name}" if config.facts.names else f"{name:>2}"
+        for label, name in enumerate(config.facts.class_names)
+    ]
+    width = max(5, *map(len, names))
+    print(f"{'class':<{width}}  accuracy  predicted as " + " ".join(f"{label:>5}" for label in range(len(names))))
+    for name, share, row in zip(names, figures["per_class"], figures["confusion"], strict=True):
+        print(f"{name:<{width}}  {share:>8.2%}               " + " ".join(f"{n:>5}" for n in row))
     print("\nlayer     firing rate (spikes per neuron and timestep)")
     for name, rate in figures["firing_rates"].items():
         print(f"{name:<9} {rate:.4f}")

@@ -135,7 +135,7 @@ def main(argv):
     draw_input(config, x, stored, folder)
     draw_layers(net, x, folder)
     fig, ax = figure(width=6.4, height=5.4)
-    plots.confusion_matrix(ax, evaluate(config, net)["confusion"])
+    plots.confusion_matrix(ax, evaluate(config, net)["confusion"], config.facts.class_names)
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
     (folder / "operations.txt").write_text(text + "\n")

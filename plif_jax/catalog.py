@@ -2,6 +2,17 @@
 
 from dataclasses import dataclass
 
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_CLASSES = (
+    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+GESTURES = (
+    *("hand clapping", "right hand wave", "left hand wave", "right arm clockwise", "right arm counter clockwise"),
+    *("left arm clockwise", "left arm counter clockwise", "arm roll", "air drums", "air guitar", "other gestures"),
+)
+ASL_LETTERS = "abcdefghiklmnopqrstuvwxy"  # j and z are gestures, not poses
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -12,6 +23,12 @@ class DatasetFacts:
     T: int  # the paper's number of timesteps
     channels: int | None = None  # the paper's convolution width; None where the network fixes it
     number_layer: int | None = None  # the paper's number of convolutions; None likewise
+    names: tuple[str, ...] | None = None  # of the classes, in the order of their labels; None: digits
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What people call the classes, in the order of their labels."""
+        return self.names or tuple(map(str, range(self.classes)))
 
     @property
     def events(self) -> bool:
@@ -26,13 +43,13 @@ class DatasetFacts:
 
 DATASETS = {
     "MNIST": DatasetFacts((28, 28, 1), 10, T=8),
-    "FashionMNIST": DatasetFacts((28, 28, 1), 10, T=8),
-    "CIFAR10": DatasetFacts((32, 32, 3), 10, T=8),
+    "FashionMNIST": DatasetFacts((28, 28, 1), 10, T=8, names=FASHION_CLASSES),
+    "CIFAR10": DatasetFacts((32, 32, 3), 10, T=8, names=CIFAR10_CLASSES),
     "NMNIST": DatasetFacts((34, 34, 2), 10, T=10, channels=128, number_layer=2),
-    "CIFAR10DVS": DatasetFacts((128, 128, 2), 10, T=20, channels=128, number_layer=4),
-    "DVS128Gesture": DatasetFacts((128, 128, 2), 11, T=20, channels=128, number_layer=5),
+    "CIFAR10DVS": DatasetFacts((128, 128, 2), 10, T=20, channels=128, number_layer=4, names=CIFAR10_CLASSES),
+    "DVS128Gesture": DatasetFacts((128, 128, 2), 11, T=20, channels=128, number_layer=5, names=GESTURES),
     # Not in the paper. Its authors began ASL-DVS and left the network a stub; the settings here are ours.
-    "ASLDVS": DatasetFacts((180, 240, 2), 24, T=20, channels=128, number_layer=5),
+    "ASLDVS": DatasetFacts((180, 240, 2), 24, T=20, channels=128, number_layer=5, names=tuple(ASL_LETTERS)),
     # Not in the paper. scikit-learn's digits seen by a simulated event camera: the data set that needs no download.
     "Digits": DatasetFacts((34, 34, 2), 10, T=10, channels=16, number_layer=2),
 }

@@ -150,3 +150,10 @@ def test_confusion_matrix_shows_shares_of_each_class(ax):
     drawn(ax)
     np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 0]])
     assert ax.get_title() == "accuracy 75.00%"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(("others", "said"), [(199, "<1"), (134, "1")])  # half a percent, and 0.74
+def test_a_confusion_that_happened_is_never_called_zero(ax, others, said):
+    plots.confusion_matrix(ax, [[others, 1], [0, 1]])
+    assert [text.get_text() for text in ax.texts][1] == said

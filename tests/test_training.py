@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,9 +18,14 @@ from flax import nnx
 from tensorboardX.proto import event_pb2
 
 from plif_jax import data, networks
+from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError
 from plif_jax.training import checkpoint, evaluation, loop, report, signals, state
 from plif_jax.training.logs import read_metrics
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+
+import evaluate
 
 pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
 
@@ -91,6 +98,23 @@ def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
     assert figures["accuracy"] == result["best"]["test_accuracy"]
     assert figures["confusion"].sum() == figures["samples"] == 20
     assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
+
+
+def test_evaluate_prints_a_row_for_each_class(whole, capsys):
+    config, result = whole
+    evaluate.main([str(config.run_dir)])
+    said = capsys.readouterr().out
+    assert f"accuracy  {result['best']['test_accuracy']:.2%}" in said
+    assert "class  accuracy  predicted as     0     1     2" in said
+    rows = [line.split() for line in said.splitlines() if line[:2].strip().isdigit()]
+    assert [row[0] for row in rows] == list("0123456789")
+    assert sum(int(count) for row in rows for count in row[2:]) == 20
+
+
+def test_every_class_has_a_name():
+    names = {name: facts.class_names for name, facts in DATASETS.items()}
+    assert {name: len(set(those)) for name, those in names.items()} == {n: f.classes for n, f in DATASETS.items()}
+    assert names["DVS128Gesture"][9] == "air guitar" and names["MNIST"][9] == "9" and names["ASLDVS"][9] == "k"
 
 
 def test_firing_rates_keep_the_order_of_the_layers(settings):

@@ -165,10 +165,11 @@ def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
     for label, prediction in np.ndindex(*share.shape):
         if counts[label, prediction]:
             color = "black" if share[label, prediction] > 60 else "white"
-            text = f"{share[label, prediction]:.0f}" if share[label, prediction] >= 0.5 else "<1"
+            percent = f"{share[label, prediction]:.0f}"
+            text = "<1" if percent == "0" else percent
             ax.text(prediction, label, text, color=color, ha="center", va="center", fontsize="small")
-    names = range(len(counts)) if names is None else names
-    ax.set_xticks(range(len(counts)), names)
+    names = list(map(str, range(len(counts)) if names is None else names))
+    ax.set_xticks(range(len(counts)), names, rotation=90 if max(map(len, names)) > 2 else 0)
     ax.set_yticks(range(len(counts)), names)
     ax.set(xlabel="predicted class", ylabel="class", title=f"accuracy {np.trace(counts) / counts.sum():.2%}")
     ax.figure.colorbar(image, ax=ax, label="of the class's samples (%)")

@@ -7,14 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plif_jax.catalog import DATASETS
+from plif_jax.catalog import ASL_LETTERS, CIFAR10_CLASSES, DATASETS
 from plif_jax.config import expanded
 from plif_jax.data import archives, storage
 from plif_jax.data.dataset import folders
 from plif_jax.errors import UserError
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ASL_LETTERS = "abcdefghiklmnopqrstuvwxy"  # j and z are gestures, not poses
 EXPECTED = {
     "NMNIST": (60000, 10000),
     "Digits": (1442, 355),
