@@ -157,8 +157,8 @@ def draw(runs, path):
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-datasets", "--datasets", nargs="+", choices=list(DATASETS), required=True)
-    parser.add_argument("-seeds", "--seeds", nargs="+", type=int, default=[2020])
+    parser.add_argument("-datasets", nargs="+", choices=list(DATASETS), required=True)
+    parser.add_argument("-seeds", nargs="+", type=int, default=[2020])
     chosen, flags = parser.parse_known_args(argv)
     runs = plan(chosen.datasets, chosen.seeds, flags)
     folder = Path(next(iter(runs.values()))[0].log_dir_prefix).parent

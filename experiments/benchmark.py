@@ -10,14 +10,18 @@ for more -rounds: peers run in turn, and ratios are taken round by round.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from bench import report, suites
 from bench.machine import machine
 
 from plif_jax import cli
 from plif_jax.config import Parser
+from plif_jax.errors import UserError
 from plif_jax.networks import NETWORKS
 
 SUITES = ("neuron", "train", "infer", "frames", "pipeline", "memory")
@@ -44,11 +48,16 @@ def _names(*allowed):
 
 
 def _numbers(text, *words):
-    """Parses whole numbers with commas between them, or words."""
-    try:
-        return [item if item in words else int(item) for item in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them") from None
+    """Parses whole numbers from 1 with commas between them, or words."""
+    return [item if item in words else _number(item, text) for item in text.split(",")]
+
+
+def _number(item, text=None):
+    """Parses a whole number from 1."""
+    if not item.isdecimal() or int(item) < 1:
+        several = " with commas between them" if text else ""
+        raise argparse.ArgumentTypeError(f"{text or item!r}: give whole numbers from 1{several}")
+    return int(item)
 
 
 def parser():
@@ -56,14 +65,14 @@ def parser():
     flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("suite", choices=(*SUITES, "all"))
     flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
-    flags.add_argument("-rounds", type=int, default=7, help="runs of each peer (default 7)")
+    flags.add_argument("-rounds", type=_number, default=7, help="runs of each peer (default 7)")
     flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
     flags.add_argument(
         "-backends", type=_names(*BACKENDS), default=BACKENDS, help="of SpikingJelly's neuron, on a GPU (default all)"
     )
     flags.add_argument("-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png")
     flags.add_argument(
-        "-neurons", type=int, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
+        "-neurons", type=_number, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
     )
     flags.add_argument("-timesteps", type=_numbers, default=[4, 8, 16, 32], help="T of neuron and memory")
     flags.add_argument("-networks", type=_names(*NETWORKS), help="of train, infer, memory; default on a GPU: all six")
@@ -78,8 +87,8 @@ def parser():
         "-pipeline_network", choices=NETWORKS, default="Digits", help="data set of pipeline (default Digits)"
     )
     flags.add_argument("-data_root", default=None, help="folder with that data set")
-    flags.add_argument("-train_samples", type=int, default=1024)
-    flags.add_argument("-test_samples", type=int, default=256)
+    flags.add_argument("-train_samples", type=_number, default=1024)
+    flags.add_argument("-test_samples", type=_number, default=256)
     return flags
 
 
@@ -91,7 +100,14 @@ def main(argv=None):
     backend = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
     gpu = backend == "gpu"
     if "largest" in asked.batch_sizes and not gpu:
-        sys.exit("-batch_sizes largest: only a GPU says when its memory is full; give numbers")
+        raise UserError("-batch_sizes largest: only a GPU says when its memory is full; give numbers")
+    if shutil.which(asked.peer_python) is None:
+        raise UserError(f"-peer_python {asked.peer_python}: there is no such program")
+    try:  # what cannot be written should not have been measured first
+        Path(asked.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=asked.out).close()
+    except OSError as error:
+        raise UserError(f"-out {asked.out} cannot be written: {error.strerror}") from None
     networks = asked.networks or ["MNIST", "FashionMNIST", "NMNIST"]
     if gpu and not asked.networks:
         networks += ["CIFAR10", "CIFAR10DVS", "DVS128Gesture"]

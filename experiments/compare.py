@@ -87,7 +87,7 @@ def draw(ours, theirs, name, path):
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("--reference", "-reference", type=Path, required=True, help="folder with published curves")
+    parser.add_argument("-reference", type=Path, required=True, help="folder with published curves")
     flags = parser.parse_args(argv)
     ours = read_metrics(flags.run)
     if "test_accuracy" not in ours:

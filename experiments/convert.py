@@ -20,7 +20,7 @@ def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="folder of a run, .pt, .pth or .npz")
     parser.add_argument("target", metavar="OUT", help=".npz, .pt or .pth")
-    parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best", help="of a run")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of a run")
     given = parser.parse_args(argv)
     if Path(given.source).is_dir():
         arrays = torch.state_dict(load_network(given.source, given.checkpoint)[1])

@@ -5,7 +5,6 @@ python experiments/evaluate.py logs/RUN -checkpoint latest -data_root DATA
 """
 
 import argparse
-import dataclasses
 
 from plif_jax import cli
 from plif_jax.config import Parser
@@ -16,13 +15,12 @@ from plif_jax.training.evaluation import evaluate
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
-    parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
-    parser.add_argument("-data_root", "--data_root", help="folder with data sets, if not the one of the training")
-    parser.add_argument("-cache_dir", "--cache_dir", help="folder of prepared data, if not the one of the training")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best")
+    parser.add_argument("-data_root", help="folder with data sets, if not the one of the training")
+    parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")
     given = parser.parse_args(argv)
     config, net = load_network(given.run, given.checkpoint)
-    elsewhere = {"data_root": given.data_root, "cache_dir": given.cache_dir}
-    config = dataclasses.replace(config, **{name: folder for name, folder in elsewhere.items() if folder is not None})
+    config = config.elsewhere(given.data_root, given.cache_dir)
     figures = evaluate(config, net)
 
     print(f"{config.run_name}, {given.checkpoint} checkpoint, {figures['samples']} test samples")
@@ -34,7 +32,8 @@ def main(argv):
     width = max(5, *map(len, names))
     print(f"{'class':<{width}}  accuracy  predicted as " + " ".join(f"{label:>5}" for label in range(len(names))))
     for name, share, row in zip(names, figures["per_class"], figures["confusion"], strict=True):
-        print(f"{name:<{width}}  {share:>8.2%}               " + " ".join(f"{n:>5}" for n in row))
+        of_class = f"{share:.2%}" if sum(row) else "-"
+        print(f"{name:<{width}}  {of_class:>8}               " + " ".join(f"{n:>5}" for n in row))
     print("\nlayer     firing rate (spikes per neuron and timestep)")
     for name, rate in figures["firing_rates"].items():
         print(f"{name:<9} {rate:.4f}")

@@ -7,7 +7,6 @@ firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
 """
 
 import argparse
-import dataclasses
 import math
 import textwrap
 from functools import partial
@@ -105,19 +104,19 @@ def draw_layers(net, x, folder):
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("-data_root", "--data_root", help="where the data sets lie now, if not where the run had them")
-    parser.add_argument("-sample", "--sample", type=int, default=0, help="position of the drawn sample in the test set")
+    parser.add_argument("-data_root", help="where the data sets lie now, if not where the run had them")
+    parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")
+    parser.add_argument("-sample", type=int, default=0, help="position of the drawn sample in the test set")
     energies = {"accumulate": operations.ACCUMULATE_PJ, "multiply_accumulate": operations.MULTIPLY_ACCUMULATE_PJ}
     for name, pj in energies.items():
-        parser.add_argument(f"-{name}_pj", f"--{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
-    parser.add_argument("-checkpoint", "--checkpoint", choices=("best", "latest"), default="best")
+        parser.add_argument(f"-{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best")
     flags = parser.parse_args(argv)
     for name in energies:
         if not 0 <= (pj := getattr(flags, f"{name}_pj")) < math.inf:
             raise UserError(f"-{name}_pj {pj}: an energy is a number from 0")
     config, net = load_network(flags.run, flags.checkpoint)
-    if flags.data_root:
-        config = dataclasses.replace(config, data_root=flags.data_root)
+    config = config.elsewhere(flags.data_root, flags.cache_dir)
     part = batches.partition(config, data.load(config))["test"]
     if not 0 <= flags.sample < len(part):
         raise UserError(f"-sample {flags.sample}: the run tests on {len(part)} samples; give 0 to {len(part) - 1}")

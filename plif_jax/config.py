@@ -119,6 +119,11 @@ class Config:
         """Folder of checkpoints, beside the run folder."""
         return expanded(self.log_dir_prefix) / f"pt_{self.run_name}"
 
+    def elsewhere(self, data_root=None, cache_dir=None) -> "Config":
+        """The same settings with the data in other folders; None leaves a folder as it is."""
+        moved = {"data_root": data_root, "cache_dir": cache_dir}
+        return dataclasses.replace(self, **{name: folder for name, folder in moved.items() if folder is not None})
+
     def to_json(self) -> str:
         """The settings as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -182,7 +187,12 @@ def _checked(field, value):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags whose mistakes are answered in one line."""
+    """Flags with one dash, as the paper's program has them, or two; mistakes are answered in one line."""
+
+    def add_argument(self, *names, **settings):
+        """Adds a flag, `-flag` also as `--flag`."""
+        twice = [f"-{name}" for name in names if re.match("-[A-Za-z]", name) and name != "-h"]
+        return super().add_argument(*names, *twice, **settings)
 
     def error(self, message):
         """Raises what argparse complains of as a `UserError`, with the flag that may have been meant."""
@@ -217,14 +227,14 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("-config", "--config", help="Python file with `config = Config(...)`, as in configs/")
+    parser.add_argument("-config", help="Python file with `config = Config(...)`, as in configs/")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name, field in fields.items():
         switch = dict(nargs="?", const="true") if field.type is bool else {}
         choices = field.metadata.get("choices")
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _types(field)[0].__name__.upper()
         default = "" if field.default is None else f" (default {field.default})"
-        parser.add_argument(f"-{name}", f"--{name}", metavar=metavar, help=field.metadata["help"] + default, **switch)
+        parser.add_argument(f"-{name}", metavar=metavar, help=field.metadata["help"] + default, **switch)
     flags = ["config", *fields]
     for argument in argv:  # before argparse, which takes -max for -max_epoch and -T_max 5 misspelt for -T with a value
         flag = argument.lstrip("-").split("=")[0]

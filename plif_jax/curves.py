@@ -1,7 +1,7 @@
-"""Curves of a run: accuracy and membrane time constants over epochs; and the look that every picture here shares.
+"""Curves of a run: accuracy and membrane time constants over epochs; and the look that the package's pictures share.
 
 All drawing goes through matplotlib's objects, never through pyplot: nothing global changes, no window opens, and a
-training process can draw. Each function takes an axis and returns it.
+training process can draw.
 """
 
 import math

@@ -54,10 +54,11 @@ class BatchNorm(nnx.Module):
             y = (_wide(x_TBC) - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
         else:
             y, mean, var = _normalize(self.eps, self.axis_name, *vary_alike(x_TBC, scale, bias))
-            count = y[0, ..., 0].size * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
-            self._move(self.mean, mean.reshape(len(y), -1))
+            count = math.prod(y.shape[1:-1]) * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+            mean, var = (s.reshape(len(y), y.shape[-1]) for s in (mean, var))
+            self._move(self.mean, mean)
             # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
-            self._move(self.var, var.reshape(len(y), -1) * (count / max(count - 1, 1)))
+            self._move(self.var, var * (count / max(count - 1, 1)))
         return y.astype(self.dtype or x_TBC.dtype)
 
     def _move(self, running, new_TC):
@@ -108,7 +109,7 @@ def _normalize_backward(eps, axis_name, residuals, cotangents):
     g, centred, axes = cotangents[0], _wide(x) - mean, tuple(range(1, x.ndim - 1))
     mean_g, mean_gx = (s.mean(axes, keepdims=True) for s in (g, g * centred))
     mean_gx *= inverse
-    count = x[0, ..., 0].size
+    count = math.prod(x.shape[1:-1])
     scale_bar, bias_bar = (count * s.sum(0, keepdims=True) for s in (mean_gx, mean_g))
     mean_g, mean_gx = (mean_over_devices(s, axis_name) for s in (mean_g, mean_gx))
     x_bar = (g - mean_g - centred * (inverse * mean_gx)) * (scale * inverse)
@@ -122,7 +123,8 @@ class Linear(nnx.Linear):
     """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation mode multiplies `ROWS` rows at a time.
 
     A matrix product sums in another order for another number of rows. With always as many, rows of zeros among them,
-    a sequence in chunks gives exactly what one call gives where convolutions do too, which is on a CPU.
+    a sequence in chunks gives exactly what one call gives where convolutions do too, which is on a CPU. Streams that
+    run side by side are best one batch: under `jax.vmap` each would be filled up to `ROWS` by itself.
     """
 
     ROWS = 32  # more make live inference slower, fewer read the kernel more often
@@ -153,7 +155,10 @@ def dropout_key(rngs):
         return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
     if not isinstance(rngs, jax.Array | np.ndarray) or (rngs.ndim == 0 and not _is_key(rngs)):
         raise UserError(f"rngs is {rngs!r}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)")
-    return rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
+    keys = rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
+    if keys.ndim > 1:
+        raise UserError(f"rngs are keys {list(keys.shape)}; give one key, or one for each sample")
+    return keys
 
 
 def _is_key(rngs):
@@ -165,10 +170,18 @@ class Dropout(nnx.Module):
 
     The paper's program does so: a unit is absent for the whole presentation, not flickering. The model keeps no RNG
     state: training passes a key at the call, either one, or one per sample [B] - then the masks do not depend on how
-    the batch is spread over devices.
+    the batch is spread over devices (of JAX's generators that holds for threefry, the usual one).
+
+    Args:
+      rate: share of the units that are dropped, 0 to 1.
+
+    Raises:
+      UserError: rate is no such share.
     """
 
     def __init__(self, rate):
+        if not 0 <= rate <= 1:
+            raise UserError(f"a dropout rate of {rate}; give the share of units to drop, 0 to 1")
         self.rate = rate
         self.deterministic = False
 
@@ -185,6 +198,8 @@ class Dropout(nnx.Module):
                 "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
                 "evaluate, or switch it off alone with net.set_attributes(deterministic=True)"
             )
+        if self.rate == 1:
+            return jnp.zeros_like(x_TBF)
         keys, B = dropout_key(rngs), x_TBF.shape[1]
         if keys.ndim and keys.shape != (B,):
             raise UserError(f"rngs are keys {list(keys.shape)} for {B} samples; give one key, or one for each sample")

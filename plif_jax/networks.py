@@ -183,7 +183,8 @@ class SpikingNet(nnx.Module):
       rngs: source of the initial weights.
 
     Raises:
-      UserError: T is not a whole number from 1, tau not above 1, or a feature map too small to be pooled.
+      UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
+        pooled; the table lacks a part or has another, or does not end in a group of neurons for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -205,6 +206,14 @@ class SpikingNet(nnx.Module):
     ):
         if not _whole(T):
             raise UserError(f"T is {T}; a network runs for a whole number of timesteps, 1 or more")
+        if not isinstance(rngs, nnx.Rngs):
+            raise UserError(
+                f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
+            )
+        if set(table) != set(self.PARTS):
+            raise UserError(
+                f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"
+            )
         self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
         self.use_plif, self.use_max_pool = use_plif, use_max_pool
         self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
@@ -214,6 +223,10 @@ class SpikingNet(nnx.Module):
                 layer, shape = build(self, shape, rngs)
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
+        if not _whole(classes) or shape[-1] % classes:
+            raise UserError(
+                f"{shape[-1]} outputs for {classes} classes; the last layer has a group of neurons for each"
+            )
 
     def named_layers(self):
         """All layers in order, as {"conv.2": layer}: the paper program's names."""

@@ -41,7 +41,7 @@ class Neuron(nnx.Module):
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
 
     Raises:
-      UserError: surrogate is no function.
+      UserError: surrogate is no function, or a class in place of one that is made.
     """
 
     def __init__(
@@ -68,11 +68,15 @@ class Neuron(nnx.Module):
         h = self.charge(v, x.astype(v.dtype))
         s = self.surrogate(h - self.v_threshold)
         reset = lax.stop_gradient(s) if self.detach_reset else s
-        v = h - reset * self.v_threshold if self.v_reset is None else h * (1 - reset) + reset * self.v_reset
-        return v, s.astype(x.dtype)
+        after = h - reset * self.v_threshold if self.v_reset is None else h * (1 - reset) + reset * self.v_reset
+        # Settings may be NumPy's numbers, of a wider type than the membrane's.
+        return after.astype(v.dtype), s.astype(x.dtype)
 
     def rest(self, x):
-        """The membrane at rest for currents x [T, ...]: v_reset, or 0 with soft reset; never below float32."""
+        """The membrane at rest for currents x [T, ...]: v_reset, or 0 with soft reset; never below float32.
+
+        A neuron of several states stacks them in this one array, and its `charge` and `step` take them apart.
+        """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.full(x.shape[1:], _or_zero(self.v_reset), dtype)
 
@@ -87,9 +91,15 @@ class Neuron(nnx.Module):
           UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
         x = _currents(x)
-        if T is not None and (not isinstance(T, int | np.integer) or T < 0 or len(x) not in (1, T)):
+        if T is not None and (not isinstance(T, int | np.integer) or T < 0):
+            raise UserError(f"T is {T!r}; the number of timesteps is a whole number, and known before compilation")
+        if T is not None and len(x) not in (1, T):
             raise UserError(f"currents of shape {x.shape} for T = {T}; give [T, ...], or [1, ...] for one that stays")
         rest = self.rest(x)
+        if not hasattr(rest, "shape"):
+            raise UserError(
+                f"rest of {type(self).__name__} gives a {type(rest).__name__}; stack its states in one array"
+            )
         if v is not None:
             if jnp.shape(v) != rest.shape:
                 raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
@@ -293,7 +303,8 @@ class LIF(Neuron):
     """Leaky integrate and fire: h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau (Fang et al., 2021).
 
     Args:
-      tau: membrane time constant in timesteps, above 1 for a leak that leaves something.
+      tau: membrane time constant in timesteps, above 1 for a leak that leaves something; a setting, fixed when
+        compiled: for gradients take `PLIF`.
       (others as in `Neuron`)
 
     Raises:

@@ -34,8 +34,11 @@ def _backward(graphdef, residuals, g):
         # One alpha for all; in a GPU's kernel one for each x.
         return (of_each if alpha.shape else of_each.sum()).astype(alpha.dtype)
 
-    # `params` holds alpha where it is learned, and nothing else.
-    return jax.tree.map(alpha_bar, params), x_bar
+    if not params.keys() - {"alpha"}:
+        return jax.tree.map(alpha_bar, params), x_bar
+    # A function of one's own with more to learn.
+    y, backward = jax.vjp(lambda params: nnx.merge(graphdef, params).primitive(x), params)
+    return *backward(g.astype(y.dtype)), x_bar
 
 
 _spike.defvjp(_forward, _backward)

@@ -69,6 +69,11 @@ def test_a_summary_is_written_whatever_was_logged(metrics, tmp_path):
     assert learned == ("w0" in metrics)
 
 
+def test_a_raster_of_no_neurons_is_empty(ax):
+    assert plots.raster(ax, np.zeros((5, 0))) is ax
+    assert not ax.collections and ax.get_xlim() == (0.5, 5.5)
+
+
 def test_neuron_response_shows_membranes_and_spikes(ax):
     x = jnp.full(6, 1.5)
     assert plots.neuron_response(ax, x, {"a": neurons.LIF(2.0), "b": neurons.IF()}) is ax

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,21 @@ def test_wrong_choices_are_named(net, frames):
         recording.record(net, frames, {"fc.6": [0.7]})
     with pytest.raises(UserError, match="batch_size is -1; give 1 or more"):
         recording.record(net, frames, batch_size=-1)
+
+
+def test_a_wrong_input_is_told_as_it_was_given(net):
+    with pytest.raises(UserError, match=r"input of shape \(3, 8, 8, 2\)"):
+        recording.record(net, jnp.zeros((3, 8, 8, 2)))
+
+
+def test_rates_are_of_the_spikes_type_and_no_narrower(net, frames, x64):
+    graphdef, state = nnx.split(net)
+    for dtype, batch_size in itertools.product((jnp.float32, jnp.float64), (None, 1)):
+        net = nnx.merge(graphdef, jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), state))
+        net.set_attributes(dtype=dtype)
+        _, layers = recording.record(net, frames.astype(dtype), batch_size=batch_size)
+        for layer in layers.values():
+            assert layer.neuron_rate.dtype == layer.firing_rate.dtype == dtype
 
 
 def test_recording_works_under_jit(net, frames):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import benchmark
 from bench import jax_work, limits, ratios, report, suites
 from bench.peers import Peer, PeerError, in_turn
+
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 class Clock:
@@ -108,12 +111,27 @@ def test_multiply_adds(name, counted_by_hand):
     assert limits.multiply_adds(suites.network(name)) == counted_by_hand
 
 
+def test_the_traffic_that_the_documentation_tells_is_what_is_counted():
+    limits_told = PERFORMANCE.read_text().split("## ")[1]
+    told = re.findall(r"^\| ([^,|]+).*, T \d+ \| ([\d.]+)[^|]* \| (\d+)", limits_told, re.M)
+    assert len(told) == 5
+    for name, gflop, megabytes in told:
+        network = suites.network(name.replace("-", "").replace(" ", ""))
+        assert f"{limits.traffic(network, 16) / 16 / 1e6:.0f}" == megabytes
+        assert float(gflop) == pytest.approx(6 * limits.multiply_adds(network) / 1e9, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("flag", "given", "said"),
     [
         ("-networks", "MNIST,Mnist", "there is no 'Mnist'; give any of MNIST,FashionMNIST"),
-        ("-batch_sizes", "16,many", "'16,many': give numbers with commas"),
-        ("-timesteps", "largest", "'largest': give numbers with commas"),
+        ("-batch_sizes", "16,many", "'16,many': give whole numbers from 1 with commas"),
+        ("-timesteps", "largest", "'largest': give whole numbers from 1 with commas"),
+        ("--timesteps", "4,0", "'4,0': give whole numbers from 1"),
+        ("--rounds", "0", "'0': give whole numbers from 1"),
+        ("-batch_sizes", "largest", "-batch_sizes largest: only a GPU says when its memory is full"),
+        ("-peer_python", "/no/python", "-peer_python /no/python: there is no such program"),
+        ("-out", "/dev/null/out", "-out /dev/null/out cannot be written: Not a directory"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(flag, given, said):

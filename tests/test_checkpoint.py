@@ -156,6 +156,24 @@ def test_a_network_is_loaded_past_damage_and_that_is_said(tmp_path, monkeypatch,
         checkpoint.load_network(".", "newest")
 
 
+def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, log_dir_prefix=str(tmp_path))
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.to_json())
+    fill(config.checkpoint_dir, (5, 10), scores=(0.9, 0.5))
+    examined = checkpoint._examined
+
+    def then_removed(folder):
+        found = examined(folder)
+        shutil.rmtree(folder / "5", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_examined", then_removed)
+    monkeypatch.setattr(checkpoint, "_read_state", lambda path, template: pytest.fail(path.name))
+    with pytest.raises(pytest.fail.Exception, match=r"^10$"):
+        checkpoint.load_network(config.run_dir)
+
+
 def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
     written = logs.Logs(tmp_path)
     for step in range(6):

@@ -70,6 +70,12 @@ def test_every_committed_config_loads(path):
     assert isinstance(load(path), Config)
 
 
+def test_data_may_lie_elsewhere():
+    config = Config(dataset_name="Digits", data_root="a", cache_dir="b")
+    assert config.elsewhere() == config
+    assert config.elsewhere(cache_dir="c") == Config(dataset_name="Digits", data_root="a", cache_dir="c")
+
+
 def test_settings_survive_json():
     config = Config(dataset_name="CIFAR10DVS", init_tau=3, val_ratio=0.2)
     assert Config.from_json(config.to_json()) == config

@@ -51,6 +51,26 @@ def test_state_dict_has_the_authors_names_and_layouts():
     ]
 
 
+class OwnNeuron(neurons.IF):
+    """Learns a threshold for each unit, and a surrogate that is a function."""
+
+    def __init__(self, size):
+        super().__init__(surrogate=lambda x: jnp.where(x >= 0, 1.0, 0.0))
+        self.theta = nnx.Param(jnp.linspace(0.5, 1.5, size))
+
+
+def test_what_a_neuron_of_ones_own_learns_travels_too():
+    def net(seed):
+        table = {"static_conv": [], "conv": [], "fc": [networks.flatten, lambda *_: (OwnNeuron(4), (4,))]}
+        return networks.SpikingNet(table, (1, 2, 2), 4, T=2, rngs=nnx.Rngs(seed))
+
+    arrays = torch_interop.state_dict(net(0))
+    assert list(arrays) == ["fc.1.theta"]
+    other = net(1)
+    torch_interop.load_state_dict(other, {"fc.1.theta": arrays["fc.1.theta"] + 1})
+    np.testing.assert_array_equal(other.fc[1].theta[...], np.linspace(0.5, 1.5, 4, dtype=np.float32) + 1)
+
+
 @pytest.mark.parametrize("settings", [{"alpha_learnable": True}, {"use_plif": False, "number_layer": 3}])
 def test_weights_come_back_as_they_were_loaded(settings):
     net = small(**settings)

@@ -108,6 +108,14 @@ def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32).std(1), 1, atol=0.02)
 
 
+def test_batch_norm_of_no_timestep_leaves_the_statistics_alone():
+    norm = batch_norm()
+    mean, var = norm.mean[...], norm.var[...]
+    assert norm(jnp.zeros((0, 2, 4, 4, 3))).shape == (0, 2, 4, 4, 3)
+    np.testing.assert_array_equal(norm.mean[...], mean)
+    np.testing.assert_array_equal(norm.var[...], var)
+
+
 # Dropout
 
 
@@ -134,6 +142,18 @@ def test_dropout_is_the_identity_in_evaluation_mode_and_at_rate_zero():
     assert layers.Dropout(0.0)(x) is x
 
 
+def test_at_dropout_rate_one_nothing_and_no_gradient_is_left():
+    x, key = jnp.ones((2, 3, 4)), jax.random.key(0)
+    y, gradient = jax.value_and_grad(lambda x: layers.Dropout(1.0)(x, key).sum())(x)
+    assert y == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_a_dropout_rate_is_a_share(rate):
+    with pytest.raises(UserError, match=f"a dropout rate of {rate}; give the share"):
+        layers.Dropout(rate)
+
+
 def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
     x = jnp.ones((2, 3, 40))
     np.testing.assert_array_equal(
@@ -145,6 +165,8 @@ def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
     np.testing.assert_array_equal(layers.Dropout(0.5)(x, stream), typed)
     with pytest.raises(UserError, match=r"needs a key.*rngs=jax\.random\.key\(0\)"):
         layers.Dropout(0.5)(x)
+    with pytest.raises(UserError, match=r"rngs are keys \[3, 2\]; give one key, or one for each sample"):
+        layers.Dropout(0.5)(x, jax.random.split(jax.random.key(0), (3, 2)))
     for count in (1, 2, 4):
         with pytest.raises(UserError, match=rf"keys \[{count}\] for 3 samples; give one key, or one for each"):
             layers.Dropout(0.5)(x, jax.random.split(jax.random.key(0), count))

@@ -304,7 +304,17 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves((state, nnx.state(net), votes))} == {jnp.dtype("float32")}
 
 
+def test_no_timestep_passes_in_training_mode_too():
+    net = small()
+    state, votes = net.unroll(None, jnp.zeros((0, 2, 34, 34, 2)), rngs=jax.random.key(0))
+    assert votes.shape == (0, 2, 10) and len(state) == 4
+
+
 # Mistakes
+
+
+def of_table(table, classes=3):
+    return networks.SpikingNet(table, (8, 8, 2), classes, T=2, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +339,12 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
         (lambda: small().unroll((), jnp.zeros((4, 2, 34, 34, 2))), "a state of 0 membranes; this network has 4"),
         (lambda: small()(jnp.zeros((4, 2, 34, 34, 2))), r"needs a key: .* net.eval\(\) to evaluate"),
         (lambda: firing(small())(jnp.zeros((0, 2, 34, 34, 2))), "no timestep"),
+        (lambda: small(rngs=0), r"rngs is of type int; .* nnx.Rngs\(2020\)"),
+        (lambda: small(rngs=jax.random.key(0)), "rngs is of type .*Key.*; initial weights are drawn from nnx.Rngs"),
+        (lambda: of_table({"conv": [], "fc": []}), "a table of conv, fc; its parts are static_conv, conv, fc"),
+        (lambda: of_table({"static_conv": [], "conv": [], "fc": [], "head": []}), "a table of .*, head; its parts"),
+        (lambda: of_table(networks.event_table(2, 1, 2)), "20 outputs for 3 classes; the last layer has a group"),
+        (lambda: of_table(networks.event_table(2, 1, 2), classes=0), "20 outputs for 0 classes"),
     ],
 )
 def test_mistakes_are_told_in_one_line(make, message):

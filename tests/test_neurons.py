@@ -366,3 +366,40 @@ def test_a_step_may_give_more_than_spikes(which):
         for unroll in (neuron.unroll, neuron.unroll_by_autodiff)
     )
     np.testing.assert_allclose(given, defined, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: neurons.LIF(np.float64(3)),
+        lambda: neurons.IF(v_threshold=np.float64(1.1)),
+        lambda: neurons.IF(v_reset=np.float64(0.1)),
+        lambda: neurons.IF(v_threshold=np.float64(1.1), v_reset=None),
+    ],
+)
+def test_numpy_numbers_as_settings_do_not_widen_the_membrane(make, x64):
+    x = jnp.asarray(currents(), jnp.float32)
+    v, s = make().unroll(None, x)
+    assert v.dtype == s.dtype == jnp.float32 and s.any()
+    np.testing.assert_array_equal(s, make().unroll_by_autodiff(None, x)[1])
+
+
+class Tupled(neurons.IF):
+    def rest(self, x):
+        return super().rest(x), super().rest(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: Tupled().unroll(None, x), "rest of Tupled gives a tuple; stack its states in one array"),
+        (
+            lambda x: neurons.IF().unroll(None, x[:1], T=jnp.asarray(5)),
+            "T is .*5.*; the number of timesteps is a whole",
+        ),
+        (lambda x: neurons.IF().unroll(None, x, T=3), r"shape \(4, 11\) for T = 3; give \[T, \.\.\.\], or \[1,"),
+    ],
+)
+def test_what_unroll_cannot_take_is_told(call, said):
+    with pytest.raises(UserError, match=said):
+        call(jnp.asarray(currents()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import data
+from plif_jax import data, layers
 from plif_jax.data import batches
 from plif_jax.training import checkpoint, state, step
 
@@ -100,3 +100,17 @@ def test_dropout_and_order_are_functions_of_seed_and_step(settings):
     first, again, later = (step.sample_keys(config, at, jnp.arange(4)) for at in (3, 3, 4))
     assert (jax.random.key_data(first) == jax.random.key_data(again)).all()
     assert (jax.random.key_data(first) != jax.random.key_data(later)).any()
+
+
+def test_masks_do_not_depend_on_the_devices_whatever_generator_jax_is_told_to_use(settings):
+    """Another than threefry draws differently where fewer draw together."""
+    drop, x = layers.Dropout(0.5), jnp.ones((2, 8, 50))
+    with jax.default_prng_impl("rbg"):
+        whole, half = (step.sample_keys(settings(), 3, jnp.arange(first, 8))[1] for first in (0, 4))
+        np.testing.assert_array_equal(drop(x, whole)[:, 4:], drop(x[:, 4:], half))
+
+
+def test_a_run_computes_in_its_own_precision_whatever_ran_before(settings):
+    for precision in ("float64", "float32", "float64", "bfloat16"):
+        state.set_precision(settings(precision=precision))
+        assert jnp.zeros(()).dtype == ("float64" if precision == "float64" else "float32")

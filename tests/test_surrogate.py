@@ -120,3 +120,25 @@ def test_a_surrogate_of_ones_own_needs_two_functions(x64):
         jnp.sum(x * jax.scipy.stats.norm.pdf(1.5 * x)),
         rtol=1e-12,
     )
+
+
+def test_each_of_several_learned_parameters_gets_its_own_gradient(x64):
+    class Scaled(surrogate.Surrogate):
+        def __init__(self, alpha, beta):
+            super().__init__(alpha, learnable=True)
+            self.beta = nnx.Param(jnp.asarray(beta))
+
+        def primitive(self, x):
+            return self.beta * jax.nn.sigmoid(self.alpha * x)
+
+        def derivative(self, x):
+            return self.beta * self.alpha * jax.nn.sigmoid(self.alpha * x) * jax.nn.sigmoid(-self.alpha * x)
+
+    fire, x = Scaled(1.5, 0.7), jnp.asarray([-0.4, 0.9, 1.3])
+    found, expected = (
+        nnx.grad(lambda fire, function=function: jnp.sum(jnp.arange(3) * function(fire)))(fire)
+        for function in (lambda fire: fire(x), lambda fire: fire.primitive(x))
+    )
+    for name in ("alpha", "beta"):
+        np.testing.assert_allclose(found[name][...], expected[name][...], rtol=1e-12)
+    assert not np.isclose(found["alpha"][...], found["beta"][...])

@@ -77,8 +77,9 @@ def raster(ax, spikes_TN, title="", ylabel="neuron"):
     spikes_TN = np.asarray(spikes_TN)
     T, N = spikes_TN.shape
     times = [np.flatnonzero(train) + 1 for train in spikes_TN.T]
-    ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 60 / T), colors=COLORS[0])
-    ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, N - 0.5), xlabel="time (timesteps)", ylabel=ylabel, title=title)
+    if N:  # none where only rates were recorded
+        ax.eventplot(times, lineoffsets=np.arange(N), linelengths=0.8, linewidths=max(1, 60 / T), colors=COLORS[0])
+    ax.set(xlim=(0.5, T + 0.5), ylim=(-0.5, max(N, 1) - 0.5), xlabel="time (timesteps)", ylabel=ylabel, title=title)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return ax

@@ -1,7 +1,7 @@
 """What the neurons of a network did: currents, membranes, spikes and firing rates of every spiking layer.
 
-A recording watches `SpikingNet.unroll` from outside. The network stays as it is and pays nothing when nobody looks;
-membranes are computed again from the currents, and kept of the chosen neurons only.
+A recording watches a `SpikingNet` from outside, layer by layer. The network stays as it is and pays nothing when nobody
+looks; membranes are computed again from the currents, and kept of the chosen neurons only.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ def record(net, x, neurons=None, *, batch_size=None):
     graphdef, state = nnx.split(net)
     before = (slice(None),) * (x.ndim - 4)  # time, in frames
     size = x.shape[len(before)]
-    chosen = _chosen(net, x[(*before, slice(1))], neurons)
+    chosen = _chosen(net, jax.ShapeDtypeStruct(x.shape, x.dtype), neurons)
     parts = []
     for start in range(0, size, batch_size or size):
         # Sliced where it is: of an array on the host no more than a part goes to the device.
@@ -117,7 +117,7 @@ def _record(graphdef, state, x, chosen):
 
 def _layer_record(neuron, currents, spikes, index):
     T, B = spikes.shape[:2]
-    counted = spikes.astype(jnp.float32)
+    counted = spikes.astype(jnp.promote_types(spikes.dtype, jnp.float32))
     firing_rate = counted.reshape(T, B, -1).mean(-1)
     neuron_rate = counted.mean((0, 1))
 
@@ -147,7 +147,7 @@ def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
 def _joined(parts):
     """The records of consecutive parts of a batch, as one."""
     rates, layers = zip(*parts, strict=True)
-    share = np.array([len(r) for r in rates]) / sum(map(len, rates))
+    share = [len(r) / sum(map(len, rates)) for r in rates]
     joined = {}
     for name in layers[0]:
         records = [layer[name] for layer in layers]

@@ -13,10 +13,8 @@ def main(argv):
     parser = Parser("python -m plif_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
-    parser.add_argument("-data_root", "--data_root", help="the folder with your data sets")
-    parser.add_argument(
-        "-cache_dir", "--cache_dir", help="the folder for downloads; default: $PLIF_JAX_CACHE or ~/.cache/plif_jax"
-    )
+    parser.add_argument("-data_root", help="the folder with your data sets")
+    parser.add_argument("-cache_dir", help="the folder for downloads; default: $PLIF_JAX_CACHE or ~/.cache/plif_jax")
     arguments = parser.parse_args(argv)
     print(check(arguments.name, arguments.data_root, arguments.cache_dir))
 

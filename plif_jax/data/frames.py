@@ -58,10 +58,11 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     if min(height, width) < 1:
         raise UserError(f"a sensor of {height} x {width} pixels has none: height and width are at least 1.")
     t_N, x_N, y_N, p_N = (_integers(name, _column(events, name)) for name in "txyp")
-    t_N = t_N.astype(np.int64, copy=False)  # a difference may be larger than a smaller type holds
+    if t_N.dtype != np.int64:  # a difference may be larger than a smaller type holds
+        t_N = t_N.astype(np.int64)
     if len(t_N) == 0:
         raise UserError("there are no events: frames need at least one.")
-    if len({len(t_N), len(x_N), len(y_N), len(p_N)}) > 1:
+    if not len(t_N) == len(x_N) == len(y_N) == len(p_N):
         raise UserError(f"columns t, x, y, p differ: {len(t_N)}, {len(x_N)}, {len(y_N)} and {len(p_N)} values.")
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
     counts = _count(t_N, x_N, y_N, p_N, edges, height, width)
@@ -98,12 +99,13 @@ def _column(events, name):
 def _integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
     column = np.asarray(column)
+    if column.dtype.kind in "ib" and column.dtype.isnative:
+        return column
     if column.dtype.kind not in "biuf":
         raise UserError(f"column {name} holds {column.dtype}: times and coordinates are whole numbers.")
     if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.trunc(column))).all():
         raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
-    kept = column.dtype.kind in "ib" and column.dtype.isnative
-    return column if kept else column.astype(np.int64)
+    return column.astype(np.int64)
 
 
 def _count(t_N, x_N, y_N, p_N, edges, height, width):
@@ -126,20 +128,20 @@ def _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC):
     """
     T, H, W, _ = counts_THWC.shape
     height, width = np.uint64(H), np.uint64(W)
-    flat = counts_THWC.reshape(-1)
     for j in range(T):
-        counts_THWC[j] = 0  # one by one: a frame stays in the cache until it is counted
-        frame = np.uint64(j) * height * width
+        frame = counts_THWC[j].reshape(-1)
+        frame[:] = 0  # one by one: a frame stays in the cache until it is counted
         before = t_N[max(edges[j] - 1, 0)]
         for i in range(np.uint64(edges[j]), np.uint64(edges[j + 1])):
             t, x, y = t_N[i], np.uint64(x_N[i]), np.uint64(y_N[i])
             if t < before or x >= width or y >= height:
                 return np.int64(i)
             before = t
-            flat[np.uint64(2) * (frame + y * width + x) + np.uint64(p_N[i] != 0)] += 1
+            frame[np.uint64(2) * (y * width + x) + np.uint64(p_N[i] != 0)] += 1
     return -1
 
 
+@numba.njit
 def _edges_by_number(N, T):
     """Return the T + 1 event indices between which the frames lie, with equally many events each."""
     edges = np.arange(T + 1) * (N // T)

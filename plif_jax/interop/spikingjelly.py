@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 
+from plif_jax.convolution import dot_general
 from plif_jax.layers import Linear, torch_default_init
 from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
 
@@ -27,6 +28,7 @@ def linear(features):
             n_in,
             features,
             kernel_init=torch_default_init,
+            dot_general=dot_general,
             bias_init=partial(_uniform, n_in**-0.5),
             dtype=net.dtype,
             param_dtype=float,

@@ -14,7 +14,7 @@ from flax import nnx
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm
 from plif_jax.networks import Flatten
-from plif_jax.neurons import PLIF, Neuron
+from plif_jax.neurons import Neuron
 
 
 def _same(array):
@@ -59,10 +59,8 @@ def _entries(net):
             yield f"{name}.running_mean", layer.mean, _same, _same
             yield f"{name}.running_var", layer.var, _same, _same
         elif isinstance(layer, Neuron):
-            if isinstance(layer, PLIF):
-                yield f"{name}.w", layer.w, _same, _same
-            if isinstance(layer.surrogate.alpha, nnx.Param):
-                yield f"{name}.surrogate_function.alpha", layer.surrogate.alpha, _same, _same
+            for path, variable in _parameters(layer):
+                yield f"{name}.{path}", variable, _same, _same
         elif isinstance(layer, Flatten):
             flat_shape = layer.shape
         elif isinstance(layer, nnx.Linear):
@@ -72,6 +70,14 @@ def _entries(net):
             if layer.bias is not None:
                 yield f"{name}.bias", layer.bias, _same, _same
             flat_shape = None
+
+
+def _parameters(neuron):
+    """(name, variable) of a neuron's parameters: w, surrogate_function.alpha, and whatever one of one's own learns."""
+    found = [(path, node) for path, node in nnx.iter_graph(neuron) if isinstance(node, nnx.Param)]
+    for path, variable in sorted(found, key=lambda entry: (len(entry[0]), entry[0])):
+        first, *rest = path
+        yield ".".join(["surrogate_function" if first == "surrogate" else first, *map(str, rest)]), variable
 
 
 def _counter_names(names):

@@ -329,6 +329,8 @@ def load_network(run: str | Path, kind: str = "best"):
 
     Raises:
       UserError: the folder is not a run's, or has no sound checkpoint; or an unknown kind.
+
+    JAX computes in 64 bits afterwards where the run did, and in 32 where not.
     """
     if kind not in ("best", "latest"):
         raise UserError(f"there is no {kind!r} checkpoint; give best or latest")
@@ -342,15 +344,23 @@ def load_network(run: str | Path, kind: str = "best"):
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
-    sound, damaged, _ = _examined(folder)
-    for path, damage in damaged.items():
-        print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
-    if not sound:
-        raise UserError(f"{run} has no sound checkpoint in {folder}")
-    # The first is the newest: of equal scores the later counts.
-    path = max(sound, key=lambda path: _read_record(path)["score"]) if kind == "best" else sound[0]
-    state = _read_state(path, template)
+    try:
+        state = _read_chosen(folder, kind, template)
+    except FileNotFoundError:  # a running run has removed it since; by the next time it has long to go
+        state = _read_chosen(folder, kind, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
     net.set_attributes(axis_name=None)
     net.eval()
     return config, net
+
+
+def _read_chosen(folder, kind, template):
+    """The state of a folder's best or latest sound checkpoint."""
+    sound, damaged, _ = _examined(folder)
+    for path, damage in damaged.items():
+        print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
+    if not sound:
+        raise UserError(f"there is no sound checkpoint in {folder}")
+    # The first is the newest: of equal scores the later counts.
+    path = max(sound, key=lambda path: _read_record(path)["score"]) if kind == "best" else sound[0]
+    return _read_state(path, template)

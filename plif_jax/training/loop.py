@@ -31,6 +31,8 @@ def train(config, say=print) -> dict:
     of the epoch with the best validation accuracy. Of equal epochs the later counts. Writes TensorBoard scalars,
     checkpoints, `config.json`, `result.json` and `summary.png`.
 
+    JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
+
     Raises:
       UserError: a setting, the data or a checkpoint does not allow the run; or a loss or gradient is not finite.
       signals.Interrupted: SIGTERM or SIGINT asked the run to stop; it has saved, and the same call continues it.

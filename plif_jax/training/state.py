@@ -34,9 +34,8 @@ class TrainState:
 
 
 def set_precision(config):
-    """Switches JAX to 64 bits where the run computes in float64; before any array is made."""
-    if config.precision == "float64":
-        jax.config.update("jax_enable_x64", True)
+    """Switches JAX to 64 bits where the run computes in float64, and back where not; before any array is made."""
+    jax.config.update("jax_enable_x64", config.precision == "float64")
 
 
 def network(config, **settings):

@@ -23,7 +23,8 @@ def frames_for(config, x, keys=None):
 
 def sample_keys(config, step, positions_B):
     """(augmentation keys [B], dropout keys [B]) of a step: functions of seed, step and position in the whole batch."""
-    step_key = jax.random.fold_in(jax.random.key(config.seed), step)
+    # By name, for what another generator draws under vmap depends on how many draw with it.
+    step_key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), step)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(step_key, positions_B)
     return jax.vmap(jax.random.split, out_axes=1)(keys_B)
 
