@@ -55,11 +55,8 @@ def plan(datasets, seeds, flags):
     """The settings of every run, {(data set, name of the setting): [config of each seed]}.
 
     Raises:
-      UserError: a flag that the ablation sets itself, or one that train.py would refuse too.
+      UserError: a flag that train.py would refuse too.
     """
-    for flag in flags:
-        if flag.startswith("-") and flag.lstrip("-").split("=")[0] in OURS_TO_SET:
-            raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
     runs = {}
     for dataset in datasets:
         base = parse(flags, __doc__, dataset_name=dataset, detach_reset=True)
@@ -150,15 +147,18 @@ def draw(runs, path):
         if row[0].lines:
             row[0].legend(fontsize="small")
         for ax, name in zip(row[1:], learned, strict=True):
-            tau_over_epochs(ax, mean_metrics(runs[dataset, name]))
+            tau_over_epochs(ax, mean_metrics(runs[dataset, name]), SETTINGS[name]["init_tau"])
             ax.set_title(f"{dataset}: {name}")
     fig.savefig(path, dpi=120)
 
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-datasets", nargs="+", choices=list(DATASETS), required=True)
-    parser.add_argument("-seeds", nargs="+", type=int, default=[2020])
+    parser.add_argument("-datasets", nargs="+", choices=list(DATASETS), required=True, help="one after the other")
+    parser.add_argument("-seeds", nargs="+", type=int, default=[2020], help="a run for each (default 2020)")
+    for flag in argv:  # before argparse, which takes -seed for -seeds
+        if flag.startswith("-") and flag.lstrip("-").split("=")[0] in OURS_TO_SET:
+            raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
     chosen, flags = parser.parse_known_args(argv)
     runs = plan(chosen.datasets, chosen.seeds, flags)
     folder = Path(next(iter(runs.values()))[0].log_dir_prefix).parent

@@ -70,7 +70,9 @@ def parser():
     flags.add_argument(
         "-backends", type=_names(*BACKENDS), default=BACKENDS, help="of SpikingJelly's neuron, on a GPU (default all)"
     )
-    flags.add_argument("-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png")
+    flags.add_argument(
+        "-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png, which each call replaces"
+    )
     flags.add_argument(
         "-neurons", type=_number, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
     )
@@ -87,8 +89,8 @@ def parser():
         "-pipeline_network", choices=NETWORKS, default="Digits", help="data set of pipeline (default Digits)"
     )
     flags.add_argument("-data_root", default=None, help="folder with that data set")
-    flags.add_argument("-train_samples", type=_number, default=1024)
-    flags.add_argument("-test_samples", type=_number, default=256)
+    flags.add_argument("-train_samples", type=_number, default=1024, help="of pipeline (default 1024)")
+    flags.add_argument("-test_samples", type=_number, default=256, help="of pipeline (default 256)")
     return flags
 
 
@@ -115,7 +117,7 @@ def main(argv=None):
     print(f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, load {here['load']:.1f}; JAX on {backend}")
     if here["load"] > here["cores"] / 4:
         print("other programs are running: PyTorch's threads then wait for one another, and ratios flatter us")
-    print(report.HEADER)
+    print(f"{report.LEGEND}\n{report.HEADER}")
 
     def say(row):
         print(report.line(row), flush=True)
@@ -141,8 +143,9 @@ def main(argv=None):
             calls[suite]()
     finally:  # Ctrl-C keeps what was measured
         if bench.rows:
-            report.write(asked.out, here, bench.rows, bench.peers)
-            print(f"wrote {asked.out}/benchmark.json and benchmark.png")
+            print(f"wrote {asked.out}/{report.write(asked.out, here, bench.rows, bench.peers)}")
+        if any("No module named" in row.get("reason", "") for row in bench.rows):
+            print('pip install -e ".[bench]" brings SpikingJelly and PyTorch; or name an interpreter with -peer_python')
     return bench.rows
 
 

@@ -8,6 +8,7 @@ of w of each layer, with the tau that it means; writes compare.png into the run 
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from plif_jax import cli
@@ -25,6 +26,7 @@ from plif_jax.curves import (
     tau_over_epochs,
     w_tags,
 )
+from plif_jax.data import expected
 from plif_jax.errors import UserError
 from plif_jax.training.logs import read_metrics
 
@@ -57,13 +59,24 @@ def print_w(ours, theirs):
             print(f"after {epochs:>5}    {values}{tau_of(mine):>12.3f}{tau_of(published):>9.3f}")
 
 
+def parts_used(run, config):
+    """How much of the data set the run had, where that was not all; so far as its result is written."""
+    try:
+        samples = json.loads((run / "result.json").read_text())["samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
+    parts = zip(ours.items(), expected(config.dataset_name), strict=True)
+    return [f"of {whole} samples for {what} it had {n}" for (what, n), whole in parts if n < whole]
+
+
 def _up_to(epoch, curve):
     """The part of a curve that we have too; one point at least."""
     return [point for point in curve if point[0] <= epoch] or curve[:1]
 
 
-def draw(ours, theirs, name, path):
-    """Both runs' accuracy and, where both learned it, tau: theirs thinner or dashed."""
+def draw(ours, theirs, init_tau, name, path):
+    """Both runs' accuracy and, where both learned it, tau: theirs thin, with hollow dots, tau dashed."""
     taus = w_tags(ours) and w_tags(theirs)
     last = max(ours["test_accuracy"])[0]
     fig, axes = figure(1, 2 if taus else 1, width=11 if taus else 6.4, squeeze=False)
@@ -75,11 +88,11 @@ def draw(ours, theirs, name, path):
             ax.plot([e + 1 for e in epochs], [100 * v for v in values], label=label, **line(epochs, color, thin=True))
     ax.legend()
     if taus:
-        ax = tau_over_epochs(axes[0, 1], ours)
+        ax = tau_over_epochs(axes[0, 1], ours, init_tau)
         for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
             ax.plot([e + 1 for e in epochs], tau_of(w), "--", **line(epochs, color, thin=True))
-        ax.set_title("dashed: published", fontsize="medium")
+        ax.set_title("dashed, hollow: published", fontsize="medium")
     run_title(fig, name)
     fig.savefig(path, dpi=120)
 
@@ -98,11 +111,11 @@ def main(argv):
         raise UserError(f"{flags.run} is not the folder of a run: it has no config.json") from None
     published = reference.load(flags.reference, config)
     print(f"ours   {flags.run.name}\ntheirs {published.run_name}")
-    for difference in published.differences:
+    for difference in [*published.differences, *parts_used(flags.run, config)]:
         print(f"mind:  {difference}")
     print_accuracy(ours, published.metrics)
     print_w(ours, published.metrics)
-    draw(ours, published.metrics, flags.run.name, flags.run / "compare.png")
+    draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 
 

@@ -15,7 +15,7 @@ from plif_jax.training.evaluation import evaluate
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
-    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")
     parser.add_argument("-data_root", help="folder with data sets, if not the one of the training")
     parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")
     given = parser.parse_args(argv)

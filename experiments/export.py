@@ -21,7 +21,7 @@ def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("out", type=Path, help="file to write, ending in .nir or .jax")
-    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")
     parser.add_argument("-batch_size", type=int, help="fixes the batch of a .jax file; else any")
     given = parser.parse_args(argv)
     if given.out.suffix not in (".nir", ".jax"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from plif_jax import cli, data, neurons, surrogate
 from plif_jax.analysis import operations, plots, recording
@@ -59,7 +60,7 @@ def draw_neurons(net, folder):
     save(fig, folder / "surrogate.png")
 
 
-def draw_input(config, x, stored, folder):
+def draw_input(config, x, stored, folder, title):
     """The sample: frames as a sheet and as an animation, or the image."""
     H, W, _ = config.facts.shape
     columns = min(5, config.T)
@@ -72,6 +73,7 @@ def draw_input(config, x, stored, folder):
     else:
         ax.imshow(stored[0].squeeze(), cmap="gray")
         ax.set(xlabel="x (pixels)", ylabel="y (pixels)")
+    ax.set_title(title, fontsize="medium")
     save(fig, folder / "input.png")
 
 
@@ -106,11 +108,16 @@ def main(argv):
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-data_root", help="where the data sets lie now, if not where the run had them")
     parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")
-    parser.add_argument("-sample", type=int, default=0, help="position of the drawn sample in the test set")
+    parser.add_argument(
+        "-sample",
+        type=int,
+        default=0,
+        help="drawn sample's position in the test set, 0 the first; in event data the classes come one after another",
+    )
     energies = {"accumulate": operations.ACCUMULATE_PJ, "multiply_accumulate": operations.MULTIPLY_ACCUMULATE_PJ}
     for name, pj in energies.items():
         parser.add_argument(f"-{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
-    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")
     flags = parser.parse_args(argv)
     for name in energies:
         if not 0 <= (pj := getattr(flags, f"{name}_pj")) < math.inf:
@@ -127,18 +134,22 @@ def main(argv):
     index = part.index[list(dict.fromkeys([flags.sample, *spread.tolist()]))]
     stored = part.split.x[index]
     x = jax.jit(partial(frames_for, config))(stored)
+    one = x[:, :1] if config.facts.events else x[:1]
+    names = config.facts.class_names
+    label, guess = (names[int(i)] for i in (part.split.y[index[0]], nnx.jit(net)(one)[0].argmax()))
+    print(f"sample {flags.sample} of {len(part)}: class {label}, taken for {guess}")
 
     summary(read_metrics(flags.run), folder / "training.png", flags.run.name, config.init_tau)
     print(folder / "training.png")
     draw_neurons(net, folder)
-    draw_input(config, x, stored, folder)
+    draw_input(config, x, stored, folder, f"sample {flags.sample}: {label}, taken for {guess}")
     draw_layers(net, x, folder)
     fig, ax = figure(width=6.4, height=5.4)
     plots.confusion_matrix(ax, evaluate(config, net)["confusion"], config.facts.class_names)
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
     (folder / "operations.txt").write_text(text + "\n")
-    print(text)
+    print(f"{folder / 'operations.txt'}\n\n{text}")
 
 
 if __name__ == "__main__":

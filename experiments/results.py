@@ -5,9 +5,9 @@
     python experiments/results.py                                                             # only the page
 
 Each row is a command that trains; when the time is up it is told to stop, saves, and the next call goes on from
-there. What a row has reached is kept in docs/results/ROW.json and its picture beside it; RESULTS.md is made from these,
-and from what docs/results/ROW.md says besides.
-Nothing enters the page that was not run.
+there. Flags of train.py that make no other run, -data_root and -cache_dir say, are passed on. What a row has reached is
+kept in docs/results/ROW.json and its picture beside it, unless more epochs are kept already; RESULTS.md is made from
+these, and from what docs/results/ROW.md says besides. Nothing enters the page that was not run.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 from plif_jax import cli, config, data
-from plif_jax.config import Parser
+from plif_jax.config import Parser, refuse_unknown
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import MAY_CHANGE
@@ -32,15 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results"
 EPOCHS = (1, 5, 10, 32, 64)
 
+HARDWARE = ("devices", "machine", "versions")
 FIGURES = (
     *("protocol", "best", "last", "epochs", "finished", "samples", "tau_before", "tau"),
-    *("seconds", "samples_per_second", "devices", "machine", "versions"),
+    *("seconds", "samples_per_second", *HARDWARE),
 )
 
 SMALL = "narrower or shorter than the paper: no figure of theirs compares"
 FIRST = "its first 1000 training and 100 test recordings"
 FULL = "the paper's settings"
-# name: (script, arguments, what it is)
+# name: (script with flags of its own, flags of a run, what it is)
 ROWS = {
     "digits": ("train.py", "-config configs/digits.py", "the quickstart, simulated events; not in the paper"),
     "nmnist_a": (
@@ -52,6 +54,11 @@ ROWS = {
         "train_val.py",
         "-config configs/nmnist.py",
         f"N-MNIST, 16 channels, accuracy-B, {FIRST}, {SMALL}",
+    ),
+    "ablation": (
+        "ablation.py -datasets Digits -seeds 2020 2021 2022",
+        "-config configs/digits.py",
+        "the paper's five settings on the quickstart's data, mean and deviation over three seeds; not in the paper",
     ),
     "mnist_small": (
         "train.py",
@@ -79,13 +86,15 @@ def run(name, more, logs, deadline):
     val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
     settings, committed = (config.parse(given, **val_ratio) for given in (flags, arguments.split()))
     fields = dataclasses.asdict(committed)
-    other = [f for f, value in dataclasses.asdict(settings).items() if f not in MAY_CHANGE and value != fields[f]]
+    may_change = MAY_CHANGE - {"max_epoch"}
+    other = [f for f, value in dataclasses.asdict(settings).items() if f not in may_change and value != fields[f]]
     if other:
         raise UserError(f"-{other[0]} would make another run than the row {name}; that is for train.py")
     data.load(settings)  # a data set that is not there should cost no device time
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, ROOT / "experiments" / script, *flags]
+    script, *own = script.split()
+    command = [sys.executable, ROOT / "experiments" / script, *own, *flags]
     # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
     program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     interrupted = False
@@ -98,22 +107,30 @@ def run(name, more, logs, deadline):
     if code not in (0, 143):
         raise UserError(f"{name} ended with status {code}; its messages are above")
     keep(name, settings)
+    write_page()
     if interrupted:
         raise KeyboardInterrupt
 
 
 def keep(name, settings):
     """Copies a row's figures and picture from its run into docs/results."""
+    if name == "ablation":
+        return keep_ablation(settings)
     try:
         result = json.loads((settings.run_dir / "result.json").read_text())
     except OSError:
         return print(f"{name}: no epoch is done yet")
     if result["best"] is None:
         return print(f"{name}: no epoch was tested yet")
-    script, arguments, _ = ROWS[name]
+    if (KEPT / f"{name}.json").exists():
+        before = json.loads((KEPT / f"{name}.json").read_text())["epochs"]
+        if result["epochs"] < before:
+            return print(
+                f"{name}: {before} epochs are kept from another run, these {result['epochs']} do not replace them"
+            )
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {
-        "command": f"python experiments/{script} {arguments}" + " -data_root DATA" * (name != "digits"),
+        "command": _command(name),
         "after": {str(epoch): curve[epoch - 1] for epoch in EPOCHS if epoch - 1 in curve},
         **{key: result[key] for key in FIGURES},
         "dataset": settings.dataset_name,
@@ -122,6 +139,19 @@ def keep(name, settings):
     KEPT.mkdir(exist_ok=True)
     (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
+
+
+def keep_ablation(settings):
+    """Copies the ablation's table and picture into docs/results."""
+    folder = Path(settings.log_dir_prefix)
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed_*/*/result.json"))]
+    results = [result for result in results if result["finished"]]
+    if not results:
+        return print("ablation: no run is done yet")
+    kept = {"command": _command("ablation"), "table": (folder / "ablation.md").read_text(), "runs": len(results)}
+    kept |= {"seconds": sum(r["seconds"] for r in results)} | {key: results[0][key] for key in HARDWARE}
+    (KEPT / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
+    shutil.copy(folder / "ablation.png", KEPT / "ablation.png")
 
 
 def published():
@@ -146,7 +176,20 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_page():
+    """Writes RESULTS.md anew."""
+    (ROOT / "RESULTS.md").write_text(page())
+    print(f"wrote {ROOT / 'RESULTS.md'}")
+
+
 def _section(name, what, row, theirs):
+    head = f"## {name}\n\n{what}.\n\n```sh\n{row['command']}\n```\n\n"
+    hardware = _hardware(row)
+    if name == "ablation":
+        return (
+            f"{head}{row['table']}\n{row['runs']} runs, {row['seconds'] / 60:.0f} minutes in all: {hardware}.\n\n"
+            "![accuracy and tau over epochs](docs/results/ablation.png)"
+        )
     compare = FULL in what
     best, last = row["best"], row["last"]
     epochs = row["epochs"] if row["finished"] else f"{row['epochs']} of {row['max_epoch']} so far"
@@ -160,34 +203,42 @@ def _section(name, what, row, theirs):
         lines.append("| the authors' | " + " | ".join(theirs[row["dataset"]][epoch] for epoch in row["after"]) + " |")
     taus = ", ".join(f"{layer} {row['tau_before'][layer]:.2f} → {tau:.2f}" for layer, tau in row["tau"].items())
     return (
-        f"## {name}\n\n{what}.\n\n```sh\n{row['command']}\n```\n\n"
-        f"| {row['protocol']}: best | last | epochs | samples | seconds | training samples/s | hardware |\n"
+        f"{head}| {row['protocol']}: best | last | epochs | samples | seconds | training samples/s | hardware |\n"
         "|---|---|---|---|---|---|---|\n"
         f"| {best['test_accuracy']:.2%} (epoch {best['epoch']}) | {last['test_accuracy']:.2%} | {epochs} | {samples} | "
-        f"{row['seconds']:.0f} | {row['samples_per_second']:.0f} | {row['devices'][0].split(' ', 1)[1]} "
-        f"x {len(row['devices'])}; {row['machine']}; JAX {row['versions']['jax']} |\n\n"
+        f"{row['seconds']:.0f} | {row['samples_per_second']:.0f} | {hardware} |\n\n"
         + "\n".join(lines)
         + f"\n\ntau: {taus}.\n\n![accuracy and tau over epochs](docs/results/{name}.png)"
+    )
+
+
+def _command(name):
+    script, arguments, _ = ROWS[name]
+    return f"python experiments/{script} {arguments}" + " -data_root DATA" * ("configs/digits.py" not in arguments)
+
+
+def _hardware(row):
+    return (
+        f"{row['devices'][0].split(' ', 1)[1]} x {len(row['devices'])}; {row['machine']}; JAX {row['versions']['jax']}"
     )
 
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"any of {', '.join(ROWS)}")
-    parser.add_argument("-minutes", "--minutes", type=float, default=float("inf"), help="wall-clock limit for all rows")
-    parser.add_argument("-logs", "--logs", default="logs/results", help="folder for the runs (default logs/results)")
+    parser.add_argument("-minutes", type=float, default=float("inf"), help="wall-clock limit for all rows")
+    parser.add_argument("-logs", default="logs/results", help="folder for the runs (default logs/results)")
     given, more = parser.parse_known_args(argv)
+    refuse_unknown(more, [*(field.name for field in dataclasses.fields(config.Config)), "minutes", "logs"])
     unknown = [row for row in given.rows if row not in ROWS]
     if unknown:
         raise UserError(f"no row is called {unknown[0]}; there are {', '.join(ROWS)}")
     deadline = time.monotonic() + 60 * given.minutes
-    try:
-        for name in given.rows:
-            if time.monotonic() < deadline:
-                run(name, more, given.logs, deadline)
-    finally:
-        (ROOT / "RESULTS.md").write_text(page())
-        print(f"wrote {ROOT / 'RESULTS.md'}")
+    for name in given.rows:
+        if time.monotonic() < deadline:
+            run(name, more, given.logs, deadline)
+    if not given.rows:
+        write_page()
 
 
 if __name__ == "__main__":

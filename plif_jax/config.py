@@ -41,17 +41,21 @@ class Config:
     alpha_learnable: bool = _field("learn the surrogate's alpha", False)
     detach_reset: bool = _field("let no gradient through the reset", False)
     T: int = _field("timesteps; the paper's for the data set if absent", None, least=1)
-    channels: int = _field("width of the convolutions, event data only", None, least=1)
-    number_layer: int = _field("number of convolutions, event data only", None, least=1)
-    split_by: str = _field("cut events into frames of equal", "number", choices=("number", "time"))
-    normalization: str | None = _field("of frames", None, choices=("frequency", "max", "norm", "sum", None))
+    channels: int = _field("width of the convolutions, event data only; the paper's if absent", None, least=1)
+    number_layer: int = _field("number of convolutions, event data only; the paper's if absent", None, least=1)
+    split_by: str = _field("frames of equal number of events, or of equal time", "number", choices=("number", "time"))
+    normalization: str | None = _field(
+        "of event frames; counts if absent", None, choices=("frequency", "max", "norm", "sum", None)
+    )
     batch_size: int = _field("samples per training step, over all devices", 16, least=1)
     learning_rate: float = _field("Adam's, in the first epoch", 1e-3, above=0)
     T_max: int = _field("epochs from the learning rate's peak to zero", 64, least=1)
     max_epoch: int = _field("epochs to train", 1024, least=1)
-    device: str | None = _field("cpu, tpu, cuda:0 or cuda:0,1; all devices if absent", None)
+    device: str | None = _field("cpu, tpu, cuda, cuda:0 or cuda:0,1; all devices if absent", None)
     log_dir_prefix: str = _field("folder for run folders and checkpoints", "logs")
-    val_ratio: float | None = _field("share of each class kept for validation (accuracy-B)", None, above=0, below=1)
+    val_ratio: float | None = _field(
+        "train_val.py: share of each class kept for validation, 0.15 there if absent", None, above=0, below=1
+    )
 
     data_root: str | None = _field("folder with data sets you already have", None)
     cache_dir: str | None = _field("what is fetched or prepared; $PLIF_JAX_CACHE or ~/.cache/plif_jax if absent", None)
@@ -216,6 +220,19 @@ def _convert(field, text):
         raise UserError(f"-{field.name} {text}: {field.name} is {WORDS[kind]}") from None
 
 
+def refuse_unknown(argv: list[str], flags):
+    """Raises a `UserError` with the nearest flag where an argument is none, nor a value.
+
+    For argparse by itself takes -max for -max_epoch, and -T_max 5 misspelt for -T with a value.
+    """
+    for argument in argv:
+        flag = argument.lstrip("-").split("=")[0]
+        if re.match("--?[A-Za-z]", argument) and flag not in (*flags, "h", "help"):
+            near = nearest(flag, flags)
+            hint = f"did you mean -{near}?" if near else "-h lists the flags"
+            raise UserError(f"unknown argument {argument}; {hint}")
+
+
 def parse(argv: list[str], description: str = "", **defaults) -> Config:
     """Settings from a command line: `defaults`, then the file after -config, then the flags, later ones winning.
 
@@ -235,13 +252,7 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _types(field)[0].__name__.upper()
         default = "" if field.default is None else f" (default {field.default})"
         parser.add_argument(f"-{name}", metavar=metavar, help=field.metadata["help"] + default, **switch)
-    flags = ["config", *fields]
-    for argument in argv:  # before argparse, which takes -max for -max_epoch and -T_max 5 misspelt for -T with a value
-        flag = argument.lstrip("-").split("=")[0]
-        if re.match("--?[A-Za-z]", argument) and flag not in (*flags, "h", "help"):
-            near = nearest(flag, flags)
-            hint = f"did you mean -{near}?" if near else "-h lists the flags"
-            raise UserError(f"unknown argument {argument}; {hint}")
+    refuse_unknown(argv, ["config", *fields])
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}; -h lists the flags")
@@ -276,8 +287,10 @@ def load(path: str | Path) -> Config:
       UserError: there is no such file, it does not run, or it defines no `config`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"-config {path}: a folder; give one of the files in it")
     if not path.is_file():
-        raise UserError(f"-config {path}: no such file; configs/ has one for each data set")
+        raise UserError(f"-config {path}: no such file, seen from {Path.cwd()}; configs/ has one for each data set")
     spec = importlib.util.spec_from_file_location("plif_jax_run_config", path)
     if spec is None:
         raise UserError(f"-config {path}: not a Python file")

@@ -126,6 +126,7 @@ def tau_over_epochs(ax, metrics, init_tau=None):
         label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.2f}"
         epochs = [*(0 for _ in before), *steps / steps_per_epoch]
         ax.plot(epochs, taus[-1], label=label, **line(epochs, color))
+    ax.ticklabel_format(axis="y", useOffset=False)
     if tags:
         ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
         if max(map(np.max, taus)) > 8 * min(map(np.min, taus)):

@@ -106,7 +106,10 @@ def gradient(step, T, params, v, x, v_bar, s_bar):
     whole_v = v
     arrays = [x, s_bar] + ([] if v_bar is None else [v_bar])
     results = [(rows, x.dtype)] + [(1, jnp.float32)] * (jnp.ndim(v) > 0)
-    (x_bar, *v_bar), sums = _call(kernel, T, params, v, arrays, results, sums=len(jax.tree.leaves(params)))
+    # A block has read all of its gradients before it writes the first: x_bar takes the place of s_bar.
+    places = {1: 0} if rows == T else {}
+    sums = len(jax.tree.leaves(params))
+    (x_bar, *v_bar), sums = _call(kernel, T, params, v, arrays, results, sums, places)
     params_bar = jax.tree.unflatten(jax.tree.structure(params), sums)
     return params_bar, v_bar[0].reshape(x.shape[1:]) if v_bar else None, x_bar.reshape(x.shape)
 
@@ -135,15 +138,17 @@ class _Rows:
         plgpu.store(self._mine(row), values.astype(self.ref.dtype), mask=self.inside)
 
 
-def _call(kernel, T, params, v, arrays, results, sums=0):
+def _call(kernel, T, params, v, arrays, results, sums=0, places=()):
     """Runs a kernel on blocks of neurons: its results, (rows, dtype) each, and the `sums` numbers that it returns.
 
     A kernel takes the parameters' values, a block's membranes, and its `_Rows` of the arrays and of the results.
+    `places` says of which array a result may take the place, {index of the array: index of the result}.
     """
     scalars, x = jax.tree.leaves(params), arrays[0]
     N, block = x[0].size, _block(T)
     blocks = pl.cdiv(N, block)
     # A number for all membranes is part of the program: nothing is read for it.
+    before = len(scalars) + (1 if jnp.ndim(v) else 0)
     arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]
 
     def on_block(*refs):
@@ -157,7 +162,11 @@ def _call(kernel, T, params, v, arrays, results, sums=0):
     shapes = [jax.ShapeDtypeStruct((count * N,), dtype) for count, dtype in results]
     shapes += [jax.ShapeDtypeStruct((blocks,), jnp.float32)] * sums
     call = pl.pallas_call(
-        on_block, shapes, grid=(blocks,), compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32)
+        on_block,
+        shapes,
+        grid=(blocks,),
+        input_output_aliases={before + array: result for array, result in dict(places).items()},
+        compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32),
     )
     found = call(*[scalar.reshape(1) for scalar in scalars], *arrays)
     return found[: len(results)], [partial_sum.sum() for partial_sum in found[len(results) :]]

@@ -55,10 +55,10 @@ def test_what_sets_the_runs_apart_from_the_published_is_said(flags):
     ]
 
 
-@pytest.mark.parametrize("flag", ["-init_tau", "--use_plif", "-seed=3"])
+@pytest.mark.parametrize("flag", ["-init_tau", "--use_plif", "-seed=3", "-seed"])
 def test_what_the_ablation_sets_is_refused(flags, flag):
     with pytest.raises(UserError, match=r"the ablation sets it; choose with -datasets and -seeds"):
-        ablation.plan(["MNIST"], [1], [*flags, flag])
+        ablation.main(["-datasets", "MNIST", *flags, flag, "3"])
 
 
 def test_only_runs_with_these_settings_and_epochs_are_done(flags):

@@ -34,7 +34,7 @@ def test_every_picture_is_written(net, frames, tmp_path, capsys):
     x = jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0)
     figures.draw_neurons(net, tmp_path)
     figures.draw_layers(net, x, tmp_path)
-    figures.draw_input(Config(dataset_name="NMNIST", T=3), x, frames, tmp_path)
+    figures.draw_input(Config(dataset_name="NMNIST", T=3), x, frames, tmp_path, "sample 0")
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         *("neuron.png", "surrogate.png", "firing_rates.png", "raster.png", "spike_maps.png", "input.png", "input.gif")
@@ -65,5 +65,5 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
 def test_an_image_is_drawn_as_it_is_stored(dataset_name, tmp_path):
     config = Config(dataset_name=dataset_name)
     stored = np.random.default_rng(0).integers(0, 256, (1, *config.facts.shape), np.uint8)
-    figures.draw_input(config, None, stored, tmp_path)
+    figures.draw_input(config, None, stored, tmp_path, "sample 0")
     assert [path.name for path in tmp_path.iterdir()] == ["input.png"]

@@ -124,13 +124,17 @@ def test_compare_prints_and_draws(run, published, capsys):
         "after    10       0.050   -0.450      +0.500       1.951    2.568",
     ]
     assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "mind:" not in printed
+    (run / "result.json").write_text(json.dumps({"samples": {"train": 850, "val": 150, "test": 10000}}))
+    compare.main([str(run), "-reference", str(published)])
+    assert "mind:  of 50000 samples for training it had 1000\n\n" in capsys.readouterr().out
 
 
 def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
     drawn, one = {}, {"test_accuracy": [(0, 0.5)], "w0": [(10, 0.1)]}
     monkeypatch.setattr(compare, "figure", lambda *args, **kwargs: drawn.setdefault("figure", figure(*args, **kwargs)))
     name = f"val_0.15_{Config(**SETTINGS | {'dataset_name': 'DVS128Gesture'}).run_name}"
-    compare.draw(one, {"test_accuracy": ACCURACY, "w0": W}, name, tmp_path / "compare.png")
+    compare.draw(one, {"test_accuracy": ACCURACY, "w0": W}, 2.0, name, tmp_path / "compare.png")
     fig, axes = drawn["figure"]
     assert all(line.get_marker() not in ("", "None") for ax in axes.flat for line in ax.lines)
     fig.set_figwidth(6.4)

@@ -134,6 +134,7 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST -T", "expected one argument"),
         ("", "-dataset_name is not given; it is one of MNIST"),
         ("-config nowhere.py", "nowhere.py: no such file"),
+        ("-config /", "-config /: a folder; give one of the files in it"),
         ("-dataset_name MNIST extra", "unknown argument extra"),
     ],
     ids=lambda text: text[:60],

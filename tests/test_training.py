@@ -264,9 +264,30 @@ def test_other_settings_are_refused_by_name(settings, whole):
 
 def test_a_run_that_cannot_begin_leaves_nothing(settings, tmp_path):
     config = settings(log_dir_prefix=str(tmp_path), val_ratio=0.15, train_samples=20)
-    with pytest.raises(UserError, match=r"leaves no sample to val: give -train_samples 70 or more, or a larger"):
+    with pytest.raises(UserError, match=r"has no sample for val: give -train_samples 70 or more, or a larger"):
         loop.train(config, say=lambda line: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_data_are_prepared(settings, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: pytest.fail("the data were loaded"))
+    with pytest.raises(UserError, match=r"-log_dir_prefix .*file/logs cannot be written: Not a directory"):
+        loop.train(settings(log_dir_prefix=str(tmp_path / "file" / "logs")), say=lambda line: None)
+
+
+def test_what_is_learned_is_told_and_nothing_else(settings, tmp_path):
+    said, learned = [], {}
+    for lif in (False, True):
+        config = settings(use_plif=not lif, alpha_learnable=not lif, log_dir_prefix=str(tmp_path), max_epoch=1)
+        said.append([])
+        learned[lif] = loop.train(config, say=said[-1].append)["alpha"]
+    assert "of these are used: 40 train, 20 test" in said[0]
+    assert list(learned[False]) == ["conv.2", "fc.3", "fc.6"] and learned[True] == {}
+    for name, alpha in learned[False].items():
+        assert f"  alpha  {name:<8} {alpha:.3f}" in said[0]
+    assert sum("tau  " in line or "  tau " in line for line in said[0]) == 4  # of the epoch, and of each layer
+    assert not any("  tau " in line or "  alpha " in line for line in said[1])
 
 
 def test_other_data_are_refused(whole, monkeypatch):

@@ -68,7 +68,7 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
             if name == "val":  # so many of each class that one of them is left over
                 enough = config.facts.classes * math.ceil(1 / config.val_ratio)
                 more = f"-train_samples {enough} or more, or a larger -val_ratio"
-            raise UserError(f"{dataset.name} leaves no sample to {name}: give {more} (found {dataset.source})")
+            raise UserError(f"{dataset.name} has no sample for {name}: give {more}; the data are {dataset.source}")
     if len(train) < config.batch_size:
         raise UserError(f"{len(train)} training samples make no batch of -batch_size {config.batch_size}")
     return parts

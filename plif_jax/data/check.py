@@ -8,7 +8,7 @@ import numpy as np
 from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.curves import event_colors, figure
-from plif_jax.data import downloads, event_cache, events, images, recordings, storage
+from plif_jax.data import downloads, event_cache, events, image_files, images, recordings, storage
 from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError, nearest
 
@@ -36,7 +36,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
     cache_dir = expanded(cache_dir or default_cache_dir())
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
     with storage.writing(Path(f"{name}.png").resolve(), "Run it in a folder of yours that has space."):
-        _draw(rows, labels, title, f"{name}.png")
+        _draw(rows, [DATASETS[name].class_names[label] for label in labels], title, f"{name}.png")
     return "\n".join([*lines, f"a few samples: {Path(f'{name}.png').resolve()}"])
 
 
@@ -51,7 +51,8 @@ def _events(name, data_root, cache_dir):
         with storage.reading(data_root):
             fetched = data_root.is_dir()
         if not fetched:
-            raise UserError(NOT_FETCHED.format(name=name, folder=data_root))
+            recut = " (tonic's cut of it, 1077 + 264)" if name == "DVS128Gesture" else ""
+            raise UserError(NOT_FETCHED.format(name=name + recut, folder=data_root))
     found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
     if found is None:
         raise UserError(f"no recordings of {name} are in {data_root}.")
@@ -80,7 +81,8 @@ def _images(name, data_root, cache_dir):
     if data_root is None and not images.is_prepared(name, cache_dir):
         raise UserError(NOT_FETCHED.format(name=name, folder=cache_dir))
     if data_root is not None and not images.find(name, data_root)[1]:
-        raise UserError(f"no official files of {name} are in {data_root}.")
+        files = ", ".join(image_files.official_names(name))
+        raise UserError(f"no official files of {name} are in {data_root}; they are called {files}.")
     dataset = images.load(name, data_root, cache_dir)
     train, test = dataset.train, dataset.test
     lines = _summary(name, train.found, test.found, (train.expected, test.expected))

@@ -340,7 +340,9 @@ def load_network(run: str | Path, kind: str = "best"):
     try:
         config = Config.from_json((run / "config.json").read_bytes())
     except OSError:
-        raise UserError(f"{run} is not the folder of a run: it has no config.json") from None
+        beside = run.parent / run.name.removeprefix("pt_")
+        hint = f"; its checkpoints are here, the run is {beside}" if (beside / "config.json").exists() else ""
+        raise UserError(f"{run} is not the folder of a run: it has no config.json{hint}") from None
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])

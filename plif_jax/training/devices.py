@@ -49,9 +49,8 @@ def _named(name, say):
         return devices
     beyond = [part for part in picked if int(part) >= len(devices)]
     if beyond:
-        raise UserError(
-            f"-device {name}: there is no {kind}:{beyond[0]}; this machine has {kind}:0 to {len(devices) - 1}"
-        )
+        there = f"{kind}:0" + (f" to {len(devices) - 1}" if len(devices) > 1 else " alone")
+        raise UserError(f"-device {name}: there is no {kind}:{beyond[0]}; this machine has {there}")
     return [devices[int(part)] for part in dict.fromkeys(picked)] or devices
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from plif_jax import data
+from plif_jax.config import expanded
 from plif_jax.curves import tau_of
 from plif_jax.data import batches
 from plif_jax.errors import UserError
@@ -45,11 +46,18 @@ def train(config, say=print) -> dict:
     say = say if main else lambda line: None
     chosen = devices.choose(config, say)
     devices.keep_compiled(chosen, config.cache_dir)
+    try:  # what cannot be written should not cost the preparation of the data
+        expanded(config.log_dir_prefix).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"-log_dir_prefix {config.log_dir_prefix} cannot be written: {error.strerror}") from None
     dataset = data.load(config, progress=main)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     try:
         parts = batches.partition(config, dataset)
+        if (config.train_samples, config.test_samples, config.val_ratio) != (None, None, None):
+            used = [f"{len(parts[name])} {name}" for name in ("train", "val", "test") if name in parts]
+            say(f"of these are used: {', '.join(used)}")
         # Listening to the end: a signal while the last checkpoint is written must not stop that.
         with signals.listening() as stop, Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
             return Run(config, dataset, parts, chosen, checkpoints, stop, say).finish()
@@ -287,6 +295,11 @@ class Run:
             name: float(tau_of(neuron.w[...])) if isinstance(neuron, PLIF) else neuron.tau
             for name, neuron in self._neurons().items()
         }
+
+    def alphas(self) -> dict[str, float]:
+        """The surrogate's alpha of every spiking layer now, by the layer's name, where it is learned."""
+        learned = self._neurons() if self.config.alpha_learnable else {}
+        return {name: float(neuron.surrogate.alpha[...]) for name, neuron in learned.items()}
 
 
 def steps_per_call(config, chosen):

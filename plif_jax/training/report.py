@@ -21,15 +21,15 @@ def _percent(figures, names=("train_accuracy", "val_accuracy", "test_accuracy"))
 def epoch_line(run, figures) -> str:
     """An epoch's figures on one line."""
     best = f" (best {run.progress['best']['score']:.2%})" if run.progress["best"] else ""
-    taus = " ".join(f"{tau:.2f}" for tau in run.taus().values())
+    taus = "tau " + " ".join(f"{tau:.2f}" for tau in run.taus().values()) + "  " if run.config.use_plif else ""
     return (
         f"epoch {figures['epoch']:>4}/{run.config.max_epoch}  loss {figures['loss']:.4f}  {_percent(figures)}{best}  "
-        f"tau {taus}  {run.progress['samples_per_second']:.0f} samples/s"
+        f"{taus}{run.progress['samples_per_second']:.0f} samples/s"
     )
 
 
 def result(run) -> dict:
-    """The run's result: best and last figures, tau before and after, speed, settings and versions."""
+    """The run's result: best and last figures, tau before and after, learned alpha, speed, settings and versions."""
     progress = run.progress
     return {
         "dataset": run.config.dataset_name,
@@ -41,6 +41,7 @@ def result(run) -> dict:
         "samples": {name: len(part) for name, part in run.parts.items()},
         "tau_before": run.taus_before,
         "tau": run.taus(),
+        "alpha": run.alphas(),
         "seconds": progress["seconds"],
         "samples_per_second": progress["samples_per_second"],
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in run.devices],
@@ -83,7 +84,9 @@ def conclude(config, result, say):
     else:
         say(f"  best   {_percent(best)} in epoch {best['epoch']}, chosen by {chosen} accuracy")
         say(f"  last   {_percent(last)} in epoch {last['epoch']}")
-    for name, tau in result["tau"].items():
+    for name, tau in result["tau"].items() if config.use_plif else ():
         say(f"  tau    {name:<8} {result['tau_before'][name]:.3f} -> {tau:.3f}")
+    for name, alpha in result["alpha"].items():
+        say(f"  alpha  {name:<8} {alpha:.3f}")
     say(f"  time   {result['seconds']:.0f} s, {result['samples_per_second']:.0f} training samples/s")
     say(f"  run    {folder}  (summary.png, result.json, TensorBoard; checkpoints in {config.checkpoint_dir})")
