@@ -1,5 +1,3 @@
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +103,7 @@ def test_a_wrong_input_is_told_as_it_was_given(net):
 
 def test_rates_are_of_the_spikes_type_and_no_narrower(net, frames, x64):
     graphdef, state = nnx.split(net)
-    for dtype, batch_size in itertools.product((jnp.float32, jnp.float64), (None, 1)):
+    for dtype, batch_size in ((jnp.float32, None), (jnp.float32, 1), (jnp.float64, None)):
         net = nnx.merge(graphdef, jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), state))
         net.set_attributes(dtype=dtype)
         _, layers = recording.record(net, frames.astype(dtype), batch_size=batch_size)

@@ -66,7 +66,8 @@ def from_nir(graph, *, dt=None, T=None):
         shape = layers[-1][1]
     if len(shape) != 1:
         raise UserError(f"the graph's output has shape {channels_first(shape)}; it must be a vector of classes")
-    return SpikingNet(_table(layers), input_shape, classes or shape[0], T=T, use_plif=False, rngs=None)
+    # The table's layers are there: nothing is drawn.
+    return SpikingNet(_table(layers), input_shape, classes or shape[0], T=T, use_plif=False, rngs=nnx.Rngs(0))
 
 
 def _from_metadata(graph, name, given):
