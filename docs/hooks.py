@@ -10,3 +10,8 @@ def on_files(files, config):
     text = (Path(config.config_file_path).parent / "RESULTS.md").read_text()
     files.append(File.generated(config, "results.md", content=text.replace("](docs/", "](")))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Pages name it by its place in the repository, so that they are right when read there too."""
+    return markdown.replace("](../RESULTS.md)", "](results.md)")
