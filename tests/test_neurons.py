@@ -154,6 +154,41 @@ def test_the_fast_gradient_holds_past_the_longest_unrolled_stretch(x64, monkeypa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, autodiff)
 
 
+class Synaptic(neurons.PLIF):
+    """A neuron of a user's own with two states, the synapse's current and the membrane, and a decay for each."""
+
+    def __init__(self):
+        super().__init__(3.0)
+        self.decay = nnx.Param(jnp.asarray(0.7))
+
+    def rest(self, x):
+        return jnp.stack([super().rest(x)] * 2)
+
+    def step(self, states, x):
+        i, v = states
+        i = self.decay[...] * i + x
+        v, s = super().step(v, i)
+        return jnp.stack([i, v]), s
+
+
+def test_several_states_are_stacked_in_one_array(x64):
+    neuron, x = Synaptic(), currents(T=7)
+    ways = (neurons.Neuron.unroll, neurons.Neuron.unroll_by_autodiff)
+    fast, autodiff = (
+        nnx.grad(lambda neuron, x, run=run: (jnp.arange(7) @ run(neuron, None, x)[1] ** 2).sum(), argnums=(0, 1))(
+            neuron, x
+        )
+        for run in ways
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, autodiff)
+    assert fast[0].decay[...] != 0 != fast[0].w[...]
+    states, s = neuron.unroll(None, x)
+    middle, first = neuron.unroll(None, x[:3])
+    after, second = neuron.unroll(middle, x[3:])
+    np.testing.assert_array_equal(after, states)
+    np.testing.assert_array_equal(jnp.concatenate([first, second]), s)
+
+
 # The paper program's numbers
 
 
