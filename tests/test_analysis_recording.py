@@ -169,6 +169,15 @@ def test_energy_has_changeable_constants():
     assert "energy 1.00 uJ against 2.00 uJ" in changed and "(1 pJ an accumulate, 2 pJ a multiply-acc" in changed
 
 
+def test_a_neuron_of_several_states_is_refused_in_a_line():
+    class Double(neurons.IF):
+        def rest(self, x):
+            return jnp.stack([super().rest(x)] * 2)
+
+    with pytest.raises(UserError, match=r"Double has states \(2, 4\) for neurons \(4,\); one each is recorded"):
+        recording.charge_fire_reset(Double(), jnp.ones((3, 4)))
+
+
 def test_recording_nothing_is_refused_in_a_line(net):
     with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to record; give at least one"):
         recording.record(net, jnp.zeros((4, 0, 34, 34, 2)))

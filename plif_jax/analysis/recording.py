@@ -141,7 +141,12 @@ def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
         v, s = neuron.step(v, x)
         return v, jax.tree.map(of_chosen, (h, v, s))
 
-    return jax.lax.scan(step, neuron.rest(x), x)[1]
+    rest = neuron.rest(x)
+    if rest.shape != x.shape[1:]:
+        raise UserError(
+            f"{type(neuron).__name__} has states {rest.shape} for neurons {x.shape[1:]}; one each is recorded"
+        )
+    return jax.lax.scan(step, rest, x)[1]
 
 
 def _joined(parts):
