@@ -75,7 +75,7 @@ class Neuron(nnx.Module):
     def rest(self, x):
         """The membrane at rest for currents x [T, ...]: v_reset, or 0 with soft reset; never below float32.
 
-        A neuron of several states stacks them in this one array, and its `charge` and `step` take them apart.
+        A neuron of several states stacks them in this one array, and a `step` of its own takes them apart.
         """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.full(x.shape[1:], _or_zero(self.v_reset), dtype)
