@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
+TESTS ?=
 
 .PHONY: quickstart test test-faults lint docs
 
@@ -15,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python experiments/train.py -config configs/digits.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
 
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m faults
