@@ -141,6 +141,11 @@ def test_a_finished_run_says_so_and_a_larger_max_epoch_is_the_uninterrupted_run(
     assert_same_run(config, whole[0])
 
 
+def test_a_run_may_be_silent(settings, tmp_path, capfd):
+    loop.train(settings(log_dir_prefix=str(tmp_path), max_epoch=1), say=None)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_in_mid_epoch_and_the_run_continues(settings, whole, tmp_path, signum):
     config, said = settings(log_dir_prefix=str(tmp_path)), []

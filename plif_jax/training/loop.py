@@ -32,25 +32,30 @@ def train(config, say=print) -> dict:
     of the epoch with the best validation accuracy. Of equal epochs the later counts. Writes TensorBoard scalars,
     checkpoints, `config.json`, `result.json` and `summary.png`.
 
+    Args:
+      config: the settings, a `plif_jax.config.Config`.
+      say: takes each line of the report; None for silence, progress bars included.
+
     JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
 
     Raises:
       UserError: a setting, the data or a checkpoint does not allow the run; or a loss or gradient is not finite.
       signals.Interrupted: SIGTERM or SIGINT asked the run to stop; it has saved, and the same call continues it.
     """
+    bars, say = say is not None, say or (lambda line: None)
     state.set_precision(config)
     distributed.join(config, say)
     settings = dataclasses.asdict(config).items()
     distributed.agree({f"-{name}": value for name, value in settings if name not in distributed.MAY_DIFFER})
-    main = jax.process_index() == 0
-    say = say if main else lambda line: None
+    if jax.process_index() != 0:
+        bars, say = False, lambda line: None
     chosen = devices.choose(config, say)
     devices.keep_compiled(chosen, config.cache_dir)
     try:  # what cannot be written should not cost the preparation of the data
         expanded(config.log_dir_prefix).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"-log_dir_prefix {config.log_dir_prefix} cannot be written: {error.strerror}") from None
-    dataset = data.load(config, progress=main)
+    dataset = data.load(config, progress=bars)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     try:
@@ -60,7 +65,7 @@ def train(config, say=print) -> dict:
             say(f"of these are used: {', '.join(used)}")
         # Listening to the end: a signal while the last checkpoint is written must not stop that.
         with signals.listening() as stop, Checkpoints(config.checkpoint_dir, config, say) as checkpoints:
-            return Run(config, dataset, parts, chosen, checkpoints, stop, say).finish()
+            return Run(config, dataset, parts, chosen, checkpoints, stop, say, bars).finish()
     except BrokenPipeError:  # nobody reads what is said any more
         raise
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
@@ -78,8 +83,9 @@ class Run:
     tells the data from other data.
     """
 
-    def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say):
-        self.config, self.devices, self.checkpoints, self.stop, self.say = config, chosen, checkpoints, stop, say
+    def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say, bars=True):
+        self.config, self.devices, self.checkpoints, self.stop = config, chosen, checkpoints, stop
+        self.say, self.bars = say, bars
         self.main = jax.process_index() == 0
         self.parts = parts
         digests = {name: batches.digest(part) for name, part in self.parts.items()}
@@ -140,7 +146,7 @@ class Run:
             unit="step",
             leave=False,
             mininterval=0.2 if sys.stderr.isatty() else 10,
-            disable=not self.main,
+            disable=not self.bars,
         )
         calls = self.feeds["train"].chunks(index_SB[done:], sizes)
         with bar:
