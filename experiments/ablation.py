@@ -17,7 +17,7 @@ from pathlib import Path
 from plif_jax import cli, data
 from plif_jax.analysis import reference
 from plif_jax.catalog import DATASETS
-from plif_jax.config import Config, Parser, parse
+from plif_jax.config import Config, Parser, expanded, parse
 from plif_jax.curves import COLORS, epoch_axis, figure, line, tau_over_epochs
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import MAY_CHANGE
@@ -75,7 +75,7 @@ def finished(run: Config):
     asked = {name: value for name, value in dataclasses.asdict(run).items() if name not in MAY_CHANGE}
     try:
         result = json.loads((run.run_dir / "result.json").read_text())
-        same = asked.items() <= result["settings"].items() and result["epochs"] >= run.max_epoch
+        same = asked.items() <= result["settings"].items() and result["epochs"] >= run.max_epoch and result["best"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: training writes it anew
         return None
     return result if same else None
@@ -161,7 +161,7 @@ def main(argv):
             raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
     chosen, flags = parser.parse_known_args(argv)
     runs = plan(chosen.datasets, chosen.seeds, flags)
-    folder = Path(next(iter(runs.values()))[0].log_dir_prefix).parent
+    folder = expanded(next(iter(runs.values()))[0].log_dir_prefix).parent
     unfinished = {dataset: run for (dataset, _), configs in runs.items() for run in configs if not finished(run)}
     for run in unfinished.values():
         data.load(run)  # a data set that is not there should not cost the training of those before it

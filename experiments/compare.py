@@ -26,7 +26,7 @@ from plif_jax.curves import (
     tau_over_epochs,
     w_tags,
 )
-from plif_jax.data import expected
+from plif_jax.data import expected, storage
 from plif_jax.errors import UserError
 from plif_jax.training.logs import read_metrics
 
@@ -63,9 +63,9 @@ def parts_used(run, config):
     """How much of the data set the run had, where that was not all; so far as its result is written."""
     try:
         samples = json.loads((run / "result.json").read_text())["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
     parts = zip(ours.items(), expected(config.dataset_name), strict=True)
     return [f"of {whole} samples for {what} it had {n}" for (what, n), whole in parts if n < whole]
 
@@ -115,7 +115,8 @@ def main(argv):
         print(f"mind:  {difference}")
     print_accuracy(ours, published.metrics)
     print_w(ours, published.metrics)
-    draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
+    with storage.writing(flags.run / "compare.png", "The picture goes there."):
+        draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 
 

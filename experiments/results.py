@@ -26,6 +26,7 @@ from plif_jax import cli, config, data
 from plif_jax.config import Parser, refuse_unknown
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
+from plif_jax.training import signals
 from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
 
@@ -40,7 +41,7 @@ FIGURES = (
 )
 
 SMALL = "narrower or shorter than the paper: no figure of theirs compares"
-FIRST = "its first 1000 training and 100 test recordings"
+FIRST = "where DATA holds only its first 1000 training and 100 test recordings"
 FULL = "the paper's settings"
 # name: (script with flags of its own, flags of a run, what it is)
 ROWS = {
@@ -96,20 +97,20 @@ def run(name, more, logs, deadline):
     script, *own = script.split()
     command = [sys.executable, ROOT / "experiments" / script, *own, *flags]
     # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
-    program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    interrupted = False
-    try:
-        code = program.wait(timeout=max(deadline - time.monotonic(), 1))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-        interrupted = isinstance(stop, KeyboardInterrupt)
-        program.send_signal(signal.SIGTERM)
-        code = program.wait()
+    with signals.listening() as stop:
+        program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        while (code := program.poll()) is None and stop.signum is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if code is None:
+            program.terminate()
+            code = program.wait()
+            code = 143 if code == -signal.SIGTERM else code  # told before it could listen
     if code not in (0, 143):
         raise UserError(f"{name} ended with status {code}; its messages are above")
     keep(name, settings)
     write_page()
-    if interrupted:
-        raise KeyboardInterrupt
+    if stop.signum is not None:
+        raise signals.Interrupted(stop.signum)
 
 
 def keep(name, settings):
@@ -123,11 +124,12 @@ def keep(name, settings):
     if result["best"] is None:
         return print(f"{name}: no epoch was tested yet")
     if (KEPT / f"{name}.json").exists():
-        before = json.loads((KEPT / f"{name}.json").read_text())["epochs"]
-        if result["epochs"] < before:
-            return print(
-                f"{name}: {before} epochs are kept from another run, these {result['epochs']} do not replace them"
-            )
+        before = json.loads((KEPT / f"{name}.json").read_text())
+        if result["samples"] != before["samples"]:
+            return print(f"{name}: a run on {before['samples']} samples is kept, this had {result['samples']}")
+        kept, ours = before["epochs"], result["epochs"]
+        if ours < kept:
+            return print(f"{name}: {kept} epochs are kept from another run, these {ours} do not replace them")
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {
         "command": _command(name),
@@ -143,7 +145,7 @@ def keep(name, settings):
 
 def keep_ablation(settings):
     """Copies the ablation's table and picture into docs/results."""
-    folder = Path(settings.log_dir_prefix)
+    folder = config.expanded(settings.log_dir_prefix)
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed_*/*/result.json"))]
     results = [result for result in results if result["finished"]]
     if not results:
@@ -232,11 +234,13 @@ def main(argv):
     refuse_unknown(more, [*(field.name for field in dataclasses.fields(config.Config)), "minutes", "logs"])
     unknown = [row for row in given.rows if row not in ROWS]
     if unknown:
-        raise UserError(f"no row is called {unknown[0]}; there are {', '.join(ROWS)}")
+        raise UserError(f"no row is called {unknown[0]}; before all flags give any of {', '.join(ROWS)}")
     deadline = time.monotonic() + 60 * given.minutes
     for name in given.rows:
         if time.monotonic() < deadline:
             run(name, more, given.logs, deadline)
+        else:
+            print(f"{name}: no time is left for it")
     if not given.rows:
         write_page()
 

@@ -69,6 +69,9 @@ def test_only_runs_with_these_settings_and_epochs_are_done(flags):
     assert ablation.finished(dataclasses.replace(run, max_epoch=4)) is None
     assert ablation.finished(dataclasses.replace(run, train_samples=9)) is None
     assert ablation.finished(dataclasses.replace(run, data_root="elsewhere"))
+    path = run.run_dir / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"best": None}))  # -eval_every was more than -max_epoch
+    assert ablation.finished(run) is None
 
 
 def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, capsys, tmp_path):

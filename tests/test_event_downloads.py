@@ -1,5 +1,6 @@
 """Fetching: the right file is kept, an empty or wrong answer is named, and so is what to do."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -45,6 +46,20 @@ def test_a_right_archive_is_kept_and_fetched_once(tmp_path, monkeypatch, server)
     assert (folder / "Train.zip").read_bytes() == CONTENT
     offer(monkeypatch, server + "/gone")
     assert downloads.fetch("NMNIST", tmp_path) == folder
+
+
+def test_what_another_program_fetched_meanwhile_is_not_fetched(tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def waited_for(path):
+        path.with_suffix("").mkdir()
+        (path.with_suffix("") / "Train.zip").write_bytes(CONTENT)
+        yield
+
+    offer(monkeypatch, "nowhere")
+    (tmp_path / "downloads").mkdir()
+    monkeypatch.setattr(downloads.storage, "locked", waited_for)
+    assert (downloads.fetch("NMNIST", tmp_path) / "Train.zip").exists()
+    assert "fetching" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ def test_the_other_published_split_of_cifar10_dvs(tmp_path):
         recordings.find("CIFAR10DVS", tmp_path, tmp_path, cifar10dvs_split="random")
 
 
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("cifar10_airplane_950 (2).aedat", r"airplane_2\.aedat and .*950 \(2\)\.aedat have one number"),
+        ("cifar10_airplane_1950.aedat", r"1950\.aedat: its number, which tells the split, is not one of 0 to 999"),
+    ],
+)
+def test_a_copy_of_a_test_recording_does_not_train(tmp_path, name, says):
+    write_cifar10dvs(tmp_path, classes=recordings.CIFAR10_CLASSES[:1])
+    shutil.copy(tmp_path / "airplane" / "cifar10_airplane_999.aedat", tmp_path / "airplane" / name)
+    with pytest.raises(UserError, match=says):
+        recordings.find("CIFAR10DVS", tmp_path, tmp_path)
+
+
 def write_gesture(folder):
     """Write two users, one for testing; user01 shows gesture 2 twice, and its gestures overlap in time."""
     folder.mkdir(parents=True)
@@ -173,6 +187,11 @@ def test_tonics_gestures(tmp_path):
     assert [Path(r.path).parent.name for r in found.train] == ["user01_lab", "user02_led"] * 2
     assert [r.label for r in found.train] == [0, 0, 10, 10] and len(found.test) == 2
     assert found.expected == (1077, 264)
+    for deeper in tmp_path.glob("DVSGesture/ibm*"):  # not a layout that anybody has
+        deeper.rename(deeper.with_name("moved"))
+        deeper.mkdir()
+        (deeper.with_name("moved")).rename(deeper / "wrapped")
+    assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
 
 
 @pytest.mark.parametrize("place", ["ASLDVS", "ASLDVS/ICCV2019_DVS_dataset"])
@@ -214,6 +233,20 @@ def test_zips_in_zips_in_a_zip(tmp_path):
     for archive in ("a.zip", "ICCV2019_DVS_dataset.zip"):
         (tmp_path / archive).unlink()
     assert numbers(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == [1]
+
+
+def test_what_a_file_manager_hides_is_no_data(tmp_path):
+    write_cifar10dvs(tmp_path / "made", [0])
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "cat" / ".DS_Store").touch()  # the folder of an archive that is not unpacked yet
+    pack(tmp_path / "made" / "cat", tmp_path / "data" / "cat.zip")
+    (hidden := tmp_path / "made" / "__MACOSX" / "._dog.zip").parent.mkdir()
+    hidden.write_bytes(b"attributes of dog.zip")
+    with zipfile.ZipFile(tmp_path / "data" / "dog.zip", "w") as packed:
+        packed.write(tmp_path / "made" / "dog" / "cifar10_dog_0.aedat", "dog/cifar10_dog_0.aedat")
+        packed.write(hidden, "__MACOSX/._dog.zip")
+    found = recordings.find("CIFAR10DVS", tmp_path / "data", tmp_path / "cache")
+    assert [recording.label for recording in found.train] == [3, 5]
 
 
 def test_a_damaged_zip_in_a_zip_is_named_by_both(tmp_path):

@@ -59,6 +59,10 @@ def test_a_second_load_reads_no_recording(data, monkeypatch):
     np.testing.assert_array_equal(load(data).train.x, first.train.x)
 
 
+def test_T_may_be_numpy_s(data):
+    assert load(data, T=np.int64(3)).train.x.shape[1] == 3
+
+
 def test_other_settings_are_prepared_beside(data):
     assert load(data, T=4).train.x.shape[1] == 4
     assert load(data, T=5).train.x.shape[1] == 5
@@ -266,6 +270,14 @@ def test_a_killed_preparation_goes_on(data):
     out, err = again.communicate(timeout=60)
     assert "sum 6000" in out, err
     assert not list(cache.glob("frames/*.parts")) and not list(cache.rglob("*.partial"))
+
+
+def test_a_worker_that_ends_early_is_told(data, parts_of_ten, monkeypatch):
+    monkeypatch.setattr(event_cache, "ALONE_BYTES", 1)
+    monkeypatch.setattr(event_cache.sys, "executable", shutil.which("false"))
+    for _ in range(3):  # before or after it is sent its part
+        with pytest.raises(UserError, match="a worker ended early"):
+            load(data)
 
 
 def test_two_programs_may_prepare_the_same_set_at_once(data):

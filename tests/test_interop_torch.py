@@ -22,6 +22,7 @@ from plif_jax import networks, neurons, surrogate
 from plif_jax.errors import UserError
 from plif_jax.interop import spikingjelly, torch_files
 from plif_jax.interop import torch as torch_interop
+from plif_jax.interop.fold import fold
 from plif_jax.interop.rebuild import rebuild
 
 
@@ -49,6 +50,13 @@ def test_state_dict_has_the_authors_names_and_layouts():
         "conv.2.w",
         "conv.2.surrogate_function.alpha",
     ]
+
+
+def test_biases_of_convolutions_travel_too():
+    net, twin = (fold(networks.NMNISTNet(T=2, channels=3, rngs=nnx.Rngs(seed))) for seed in (0, 1))
+    net.conv[0].bias[...] += jnp.arange(3.0)
+    torch_interop.load_state_dict(twin, torch_interop.state_dict(net))
+    np.testing.assert_array_equal(twin.conv[0].bias[...], [0, 1, 2])
 
 
 class OwnNeuron(neurons.IF):

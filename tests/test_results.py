@@ -1,13 +1,18 @@
 """The results page: made of what was kept, and of nothing else."""
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from programs import wait_for
 
 from plif_jax.errors import UserError
+from plif_jax.training import signals
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
@@ -35,12 +40,55 @@ def test_a_row_is_run_with_its_own_settings_or_not_at_all(tmp_path):
 
 def test_more_epochs_are_kept_rather_than_fewer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "KEPT", tmp_path)
-    (tmp_path / "digits.json").write_text('{"epochs": 12}')
+    kept = json.dumps({"epochs": 12, "samples": {"train": 4}})
+    (tmp_path / "digits.json").write_text(kept)
     run = SimpleNamespace(run_dir=tmp_path)
-    (tmp_path / "result.json").write_text('{"epochs": 2, "best": {}}')
-    results.keep("digits", run)
-    assert capsys.readouterr().out == "digits: 12 epochs are kept from another run, these 2 do not replace them\n"
-    assert (tmp_path / "digits.json").read_text() == '{"epochs": 12}'
+    for samples, said in ((4, "12 epochs are kept from another run, these 2"), (9, "a run on {'train': 4} samples is")):
+        other = {"epochs": 2 if samples == 4 else 99, "samples": {"train": samples}, "best": {}}
+        (tmp_path / "result.json").write_text(json.dumps(other))
+        results.keep("digits", run)
+        assert said in capsys.readouterr().out
+        assert (tmp_path / "digits.json").read_text() == kept
+
+
+PROGRAM = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(__file__).parent
+def stop(*_):
+    (folder / "told").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch):
+    """A row whose program trains nothing; and its folder."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results.data, "load", lambda settings: None)
+    monkeypatch.setattr(results, "write_page", lambda: None)
+    monkeypatch.setitem(results.ROWS, "a row", ("program.py", f"-config {ROOT / 'configs/digits.py'}", "a row"))
+    return tmp_path / "experiments"
+
+
+def test_a_signal_stops_the_row_too(row, tmp_path):
+    def tell():
+        wait_for((row / "ready").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(signals.Interrupted):
+        results.run("a row", [], str(tmp_path), float("inf"))
+    assert (row / "told").exists()
+
+
+def test_a_row_whose_time_is_up_before_it_listens_has_not_failed(row, tmp_path, capsys):
+    results.run("a row", [], str(tmp_path), 0)
+    assert not (row / "ready").exists() and "no epoch is done yet" in capsys.readouterr().out
 
 
 def test_of_an_ablation_the_table_is_kept_and_the_runs_that_are_done(tmp_path, monkeypatch):

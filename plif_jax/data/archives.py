@@ -37,7 +37,7 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
             try:
                 _unpack(archive, partial, archive)
                 for _ in range(2):  # the zips in it, and those in them
-                    for inner in sorted(path for path in partial.rglob("*") if path.suffix.lower() == ".zip"):
+                    for inner in sorted(path for path in partial.rglob("[!.]*") if path.suffix.lower() == ".zip"):
                         _unpack(inner, inner.parent, f"{archive}: {inner.relative_to(partial)}")
                         inner.unlink()
                 os.rename(partial, folder)

@@ -89,9 +89,11 @@ def fetch(name: str, cache_dir: Path) -> Path:
         with storage.locked(folder.with_name(name + ".lock")):
             with storage.writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            what = BY_HAND.get(name, f"{name}: fetching {', '.join(archive.name for archive in missing())}.")
-            print(what, f"They go to {folder}.", flush=True)
-            for archive in missing():
+            left = missing()  # another program may have fetched them while we waited
+            if left:
+                what = BY_HAND.get(name, f"{name}: fetching {', '.join(archive.name for archive in left)}.")
+                print(what, f"They go to {folder}.", flush=True)
+            for archive in left:
                 _fetch(archive, folder)
             size = sum((folder / archive.name).stat().st_size for archive in ARCHIVES[name])
             print(f"{name}: {size / 1e6:.0f} MB of archives are in {folder}", flush=True)

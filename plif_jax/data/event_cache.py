@@ -46,7 +46,7 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
     Raises:
         UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.
     """
-    settings = {"T": T, "split_by": split_by, "normalization": normalization, "sensor": list(sensor)}
+    settings = {"T": int(T), "split_by": split_by, "normalization": normalization, "sensor": list(sensor)}
     stat = lru_cache(maxsize=None)(_stat)
     record = {"format": FORMAT, **settings} | {
         split: {"recordings": len(ours), "sha256": _digest(ours, stat)} for split, ours in recordings.items()
@@ -189,8 +189,9 @@ def _run(jobs, done):
                 try:
                     worker.stdin.write(json.dumps(job) + "\n")
                     worker.stdin.flush()
-                except BrokenPipeError:
-                    pass  # the worker has ended: its answer is empty
+                except BrokenPipeError:  # the worker has ended: its answer is empty
+                    with contextlib.suppress(BrokenPipeError):
+                        worker.stdin.close()  # which tries once more to send what is left
                 answer = worker.stdout.readline()
                 error = json.loads(answer)["error"] if answer else "a worker ended early: is there enough memory?"
                 if error:

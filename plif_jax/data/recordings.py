@@ -82,9 +82,14 @@ def split_cifar10dvs(recordings, split):
     tests = {"paper": range(900, 1000), "tebn": range(100)}
     if split not in tests:
         raise UserError(f"cifar10dvs_split is {split!r}; allowed are {', '.join(tests)}.")
-    train, test = [], []
+    train, test, seen = [], [], {}
     for recording in recordings:
-        (test if _number(Path(recording.path)) in tests[split] else train).append(recording)
+        number = _number(Path(recording.path))
+        if number not in range(1000):
+            raise UserError(f"{recording.path}: its number, which tells the split, is not one of 0 to 999.")
+        if (same := seen.setdefault((recording.label, number), recording.path)) != recording.path:
+            raise UserError(f"{same} and {recording.path} have one number, which tells the split: remove the copy.")
+        (test if number in tests[split] else train).append(recording)
     return train, test
 
 
@@ -111,8 +116,13 @@ def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | No
 
 def _holds_files(folder: Path, depth: int = 3) -> bool:
     """Whether there is a file in a folder or its folders, which may be links."""
-    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    children = _shown(folder) if folder.is_dir() else []
     return any(child.is_file() or (depth > 0 and _holds_files(child, depth - 1)) for child in children)
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What a folder holds, in order of name, without what file managers hide there."""
+    return [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
 
 
 def _unwrapped(archive: Path, name: str, cache_dir: Path) -> Path:
@@ -127,7 +137,7 @@ def _number(path: Path) -> int:
 
 def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recording]:
     """The recordings in a folder that end in the first of the suffixes that any has, in order of their numbers."""
-    files = [file for file in folder.iterdir() if not file.name.startswith(".")] if folder and folder.is_dir() else []
+    files = _shown(folder) if folder and folder.is_dir() else []
     for suffix in suffixes:
         ours = [file for file in files if file.suffix.lower() == suffix]
         if ours:
@@ -166,7 +176,9 @@ def _dvs128_gesture(folder, cache_dir):
         _inside(folder, f"ibmGesture{split}", f"ibmGesture{split}.tar.gz", cache_dir) for split in ("Train", "Test")
     ]
     if any(recut):
-        return [*([r for n in range(11) for r in _recut(inside, n)] for inside in recut), (1077, 264)]
+        splits = [[r for n in range(11) for r in _recut(inside, n)] for inside in recut]
+        if any(splits):
+            return [*splits, (1077, 264)]
     if (folder / "labels.txt").is_file() and any(folder.glob("*.bs2")):
         # A handful of samples, for looking at: nobody says which are for testing.
         return _listed(folder, folder / "labels.txt"), []

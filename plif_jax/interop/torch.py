@@ -53,6 +53,7 @@ def _entries(net):
     for name, layer in net.named_layers().items():
         if isinstance(layer, nnx.Conv):
             yield f"{name}.weight", layer.kernel, conv_to_torch, conv_from_torch
+            yield from _bias(name, layer)
         elif isinstance(layer, BatchNorm):
             yield f"{name}.weight", layer.scale, _same, _same
             yield f"{name}.bias", layer.bias, _same, _same
@@ -67,9 +68,14 @@ def _entries(net):
             there = partial(linear_to_torch, flat_shape=flat_shape)
             back = partial(linear_from_torch, flat_shape=flat_shape)
             yield f"{name}.weight", layer.kernel, there, back
-            if layer.bias is not None:
-                yield f"{name}.bias", layer.bias, _same, _same
+            yield from _bias(name, layer)
             flat_shape = None
+
+
+def _bias(name, layer):
+    """The entry of a layer's bias, if it has one."""
+    if layer.bias is not None:
+        yield f"{name}.bias", layer.bias, _same, _same
 
 
 def _parameters(neuron):

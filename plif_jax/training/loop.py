@@ -34,7 +34,7 @@ def train(config, say=print) -> dict:
 
     Args:
       config: the settings, a `plif_jax.config.Config`.
-      say: takes each line of the report; None for silence, progress bars included.
+      say: takes each line of the report; None for no report and no progress bars.
 
     JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
 
