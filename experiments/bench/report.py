@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from plif_jax.curves import figure
 
 
 def line(row):
@@ -43,15 +40,13 @@ def write(folder, machine, rows, peers):
         json.dumps({"machine": machine, "peers": peers, "rows": rows}, indent=1, sort_keys=True) + "\n"
     )
     if measured := [row for row in rows if "ratio" in row]:
-        figure = chart(measured, machine, peers)
-        figure.savefig(folder / "benchmark.png", dpi=150)
-        plt.close(figure)
+        chart(measured, machine, peers).savefig(folder / "benchmark.png", dpi=150)
     return "benchmark.json and benchmark.png" if measured else "benchmark.json"
 
 
 def chart(rows, machine, peers):
     """A bar for each ratio, on a logarithmic axis; a black tick marks its target."""
-    figure, ax = plt.subplots(figsize=(9, 1.4 + 0.3 * max(len(rows), 1)), layout="constrained")
+    fig, ax = figure(width=9, height=1.4 + 0.3 * max(len(rows), 1))
     colors = {None: "tab:gray", True: "tab:green", False: "tab:orange"}
     for y, row in enumerate(rows):
         ax.barh(y, row["ratio"], color=colors[row["met"]], height=0.7)
@@ -68,4 +63,4 @@ def chart(rows, machine, peers):
     ax.set_xlabel("ratio; green: target met, orange: missed, gray: none set; black tick: the target", fontsize=8)
     devices = sorted({facts["device"] for facts in peers.values()})
     ax.set_title(f"{machine['cpu']}, {machine['cores']} cores; {', '.join(devices)}", fontsize=8)
-    return figure
+    return fig

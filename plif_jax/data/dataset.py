@@ -10,6 +10,7 @@ import numpy as np
 
 from plif_jax.config import expanded
 from plif_jax.data import storage
+from plif_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Dataset:
 def default_cache_dir() -> Path:
     """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
     return expanded(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax")
+
+
+def existing(data_root: str | Path) -> Path:
+    """The folder with data sets that a user names; UserError if it is none."""
+    root = expanded(data_root)
+    with storage.reading(root):
+        there = root.is_dir()
+    if not there:
+        raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
+    return root
 
 
 def folders(root: Path, telling: set[str], depth: int = 3) -> Iterator[Path]:

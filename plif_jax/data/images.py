@@ -4,8 +4,7 @@ from pathlib import Path
 
 from plif_jax.config import expanded
 from plif_jax.data import image_files, storage
-from plif_jax.data.dataset import Dataset, Split, default_cache_dir, folders
-from plif_jax.errors import UserError
+from plif_jax.data.dataset import Dataset, Split, default_cache_dir, existing, folders
 
 
 def load(
@@ -56,11 +55,7 @@ def is_prepared(name: str, cache_dir: Path) -> bool:
 
 def find(name: str, root: str | Path) -> tuple[Path | None, dict[str, Path]]:
     """The first folder under root with official files of the set, and those files by name."""
-    root = expanded(root)
-    with storage.reading(root):
-        there = root.is_dir()
-    if not there:
-        raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out")
+    root = existing(root)
     telling = {name.lower(), "raw", "cifar10batchesbin", "cifar10batchespy"}
     for folder in folders(root, telling):
         with storage.reading(folder):

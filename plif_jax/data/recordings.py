@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from plif_jax.catalog import ASL_LETTERS, CIFAR10_CLASSES, DATASETS
-from plif_jax.config import expanded
 from plif_jax.data import archives, storage
-from plif_jax.data.dataset import folders
+from plif_jax.data.dataset import existing, folders
 from plif_jax.errors import UserError
 
 EXPECTED = {
@@ -57,12 +56,7 @@ def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: s
     Raises:
         UserError: `root` is no folder, an archive or a label file is damaged, or an unknown split.
     """
-    root = expanded(root)
-    with storage.reading(root):
-        there = root.is_dir()
-    if not there:
-        raise UserError(f"data_root {root} is not a folder: give the folder that holds the data sets, or leave it out.")
-    for folder in folders(root, FOLDERS.get(name, set()) | INNER):
+    for folder in folders(existing(root), FOLDERS.get(name, set()) | INNER):
         with storage.reading(folder):
             splits = FINDERS[name](folder, Path(cache_dir))
         if splits is not None:
