@@ -43,7 +43,8 @@ def _forward(x, kernel):
 
 def _backward(residuals, g):
     x, kernel = residuals
-    kernel_bar = lax.platform_dependent(x, g, cpu=_kernel_gradient_by_image, default=_kernel_gradient)
+    by_image = _kernel_gradient_by_image if _can_be_cut(x) else _kernel_gradient
+    kernel_bar = lax.platform_dependent(x, g, cpu=by_image, default=_kernel_gradient)
     return _conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar
 
 
@@ -55,10 +56,14 @@ def _direct(x, kernel):
 
 
 def _suits_winograd(x, kernel):
-    N, H, W, C = x.shape
+    _, H, W, C = x.shape
     wide = min(C, kernel.shape[-1]) >= WINOGRAD_CHANNELS and H * W >= WINOGRAD_POSITIONS
-    # An exported function's open batch is no number, and cannot be cut.
-    return wide and isinstance(N, int) and x.dtype in (jnp.float32, jnp.float64)
+    return wide and _can_be_cut(x) and x.dtype in (jnp.float32, jnp.float64)
+
+
+def _can_be_cut(x):
+    """Whether the number of images is one; an exported function's open batch is not."""
+    return isinstance(x.shape[0], int)
 
 
 def _winograd(x, kernel):

@@ -61,9 +61,10 @@ class BatchNorm(nnx.Module):
             y, mean, var = _normalize(self.eps, self.axis_name, *vary_alike(x_TBC, scale, bias))
             count = math.prod(y.shape[1:-1]) * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
             mean, var = (s.reshape(len(y), y.shape[-1]) for s in (mean, var))
-            self._move(self.mean, mean)
-            # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
-            self._move(self.var, var * (count / max(count - 1, 1)))
+            if 0 not in y.shape:  # of no values there are no statistics
+                self._move(self.mean, mean)
+                # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
+                self._move(self.var, var * (count / max(count - 1, 1)))
         return y.astype(self.dtype or x_TBC.dtype)
 
     def _move(self, running, new_TC):
@@ -71,7 +72,8 @@ class BatchNorm(nnx.Module):
         T = new_TC.shape[0]
         keep = 1 - self.momentum
         weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
-        running[...] = keep**T * running[...] + weights_T @ new_TC
+        # In full precision: GPUs and TPUs would round the statistics before they multiply.
+        running[...] = keep**T * running[...] + jnp.matmul(weights_T, new_TC, precision=lax.Precision.HIGHEST)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: whether running statistics normalise, as in evaluation."""
@@ -125,10 +127,10 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class Linear(nnx.Linear):
-    """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation mode multiplies `ROWS` rows at a time.
+    """`flax.nnx.Linear` over sequences [T, B, features], which to evaluate on a CPU multiplies `ROWS` rows at a time.
 
     A matrix product sums in another order for another number of rows. With always as many, rows of zeros among them,
-    a sequence in chunks gives exactly what one call gives where convolutions do too, which is on a CPU. Streams that
+    a sequence in chunks gives exactly what one call gives; elsewhere than on a CPU convolutions would not. Streams that
     run side by side are best one batch: under `jax.vmap` each would be filled up to `ROWS` by itself.
     """
 
@@ -144,9 +146,14 @@ class Linear(nnx.Linear):
         count = math.prod(leading)
         if not self.use_running_average or not isinstance(count, int):  # exported for any B, rows cannot be counted
             return super().__call__(x_TBF)
-        rows = jnp.pad(x_TBF.reshape(count, features), ((0, -count % self.ROWS), (0, 0)))
-        y = lax.map(super().__call__, rows.reshape(-1, self.ROWS, features))
-        return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, y.shape[-1])
+        multiply = super().__call__
+
+        def by_rows(x_TBF):
+            rows = jnp.pad(x_TBF.reshape(count, features), ((0, -count % self.ROWS), (0, 0)))
+            y = lax.map(multiply, rows.reshape(-1, self.ROWS, features))
+            return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, y.shape[-1])
+
+        return lax.platform_dependent(x_TBF, cpu=by_rows, default=multiply)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: evaluation mode, named as in `BatchNorm`."""

@@ -259,7 +259,7 @@ class SpikingNet(nnx.Module):
         x, still = self._as_frames(jnp.asarray(x))
         if state is not None and len(state) != len(self.named_neurons()):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
-        key = None if rngs is None else dropout_key(rngs)
+        key = None
         before = None if state is None else iter(state)
         after = []
         for index, (name, layer) in enumerate(self.named_layers().items()):
@@ -271,6 +271,8 @@ class SpikingNet(nnx.Module):
                 v, x = layer.unroll(None if before is None else next(before), x, T=self.T if shown else None)
                 after.append(v)
             elif isinstance(layer, Dropout):
+                if key is None and rngs is not None and not layer.deterministic:  # evaluation draws nothing from rngs
+                    key = dropout_key(rngs)
                 x = layer(x, None if key is None else _fold_in(key, index))
             else:
                 x = layer(x)

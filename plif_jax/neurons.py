@@ -234,7 +234,7 @@ def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
             terms = (step_params_bar, x_bar if rows is None else None)
             return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
 
-        total = jnp.zeros_like(begin) if rows is None else None
+        total = None if rows is not None else vary_alike(jnp.zeros(x.shape[1:], begin.dtype), x)[0]
         carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
         (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
         return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
@@ -345,7 +345,7 @@ class PLIF(Neuron):
     @property
     def tau(self):
         """The membrane time constant now, in timesteps."""
-        return 1 / jax.nn.sigmoid(self.w[...])
+        return 1 / self.k
 
     @property
     def k(self):
@@ -359,4 +359,4 @@ class PLIF(Neuron):
 def _checked_tau(name, tau):
     if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < math.inf:
         raise UserError(f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
-    return tau
+    return float(tau)

@@ -11,8 +11,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.scipy.special import erfc
+
+from plif_jax.errors import UserError
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -53,9 +56,14 @@ class Surrogate(nnx.Module):
       alpha: steepness of the primitive, dimensionless.
       learnable: makes alpha a parameter (one scalar), with gradient sum(dL/ds * dg/dalpha).
       param_dtype: of alpha where it is a parameter.
+
+    Raises:
+      UserError: alpha is not one number.
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
+        if np.ndim(alpha):
+            raise UserError(f"alpha has shape {np.shape(alpha)}; a surrogate has one alpha for its whole layer")
         self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else alpha
 
     def primitive(self, x):

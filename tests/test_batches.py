@@ -1,5 +1,7 @@
 """Batches: pure functions of (seed, epoch, step), the same from device memory and from disk."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from plif_jax.config import Config, UserError
 from plif_jax.data import batches
 from plif_jax.data.dataset import Dataset, Split
+from plif_jax.training import loop
 
 
 def split_of(n, classes=10):
@@ -32,6 +35,18 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
 def test_evaluation_pads_and_counts_every_sample_once():
     index = batches.evaluation_batches(samples(21), 8)
     assert index.shape == (3, 8) and sorted(index[index >= 0]) == list(range(21))
+
+
+@pytest.mark.parametrize("n, calls, K", [(21, 1, 3), (256, 1, 32), (264, 2, 17)])
+def test_calls_of_many_batches_are_alike_and_hardly_padded(n, calls, K):
+    """On an accelerator; 32 batches of 8 at most are evaluated in one call."""
+    config, part = Config(dataset_name="CIFAR10", batch_size=2, steps_per_call=32), samples(n)
+    feed = SimpleNamespace(chunks=lambda index, sizes: [[part] for part in np.split(index, np.cumsum(sizes)[:-1])])
+    now = SimpleNamespace(params=None, batch_stats=None)
+    seen = list(loop.evaluation_counts(config, lambda params, stats, index: index, feed, now, part, None))
+    assert [index.shape for index in seen] == [(K, 8)] * calls
+    index = np.concatenate(seen)
+    assert sorted(index[index >= 0]) == list(range(n))
 
 
 def test_first_samples_are_spread_over_the_classes():

@@ -241,6 +241,29 @@ def test_what_was_put_by_goes_once_the_other_is_sound(tmp_path, damaged):
     assert (tmp_path / "10" / "old").exists() == damaged and not (tmp_path / "replaced_10").exists()
 
 
+@pytest.mark.parametrize(
+    "error, says", [(OSError(errno.ENOSPC, "No space left"), "No space left"), (OSError(), "OSError")]
+)
+def test_a_folder_is_free_after_a_save_that_failed(tmp_path, monkeypatch, error, says):
+    def full(*_, **__):
+        raise error
+
+    with pytest.raises(UserError, match=says) as kept, checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
+    del checkpoints
+    assert restored(tmp_path)[0] is None and kept  # which, as a notebook does, keeps all that it came through
+
+    def damaged(self):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_set_damaged_aside", damaged)
+    with pytest.raises(PermissionError) as kept:
+        checkpoint.Checkpoints(tmp_path, CONFIG)
+    monkeypatch.undo()
+    assert restored(tmp_path)[0] is None and kept
+
+
 def test_a_step_that_cannot_be_saved_again_is_still_the_last_good_one(tmp_path, monkeypatch):
     fill(tmp_path, [10])
     checkpoints = checkpoint.Checkpoints(tmp_path, CONFIG)

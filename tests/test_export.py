@@ -103,7 +103,11 @@ def test_a_network_wide_enough_for_winograd_takes_any_batch():
     net = networks.NMNISTNet(T=2, channels=32, number_layer=1, rngs=nnx.Rngs(0))
     net.eval()
     x = np.random.default_rng(0).poisson(1.0, (2, 3, 34, 34, 2)).astype(np.float32)
-    np.testing.assert_allclose(export.to_exported(net).call(x), net(x), atol=1e-6)
+    exported = export.to_exported(net)
+    np.testing.assert_allclose(exported.call(x), net(x), atol=1e-6)
+    rates, backward = jax.vjp(net, x)
+    for mine, its in zip(exported.vjp().call(x, rates), backward(rates), strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-5)
 
 
 def test_folding_keeps_the_currents():

@@ -108,12 +108,32 @@ def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32).std(1), 1, atol=0.02)
 
 
-def test_batch_norm_of_no_timestep_leaves_the_statistics_alone():
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4, 3), (5, 0, 4, 4, 3)])
+def test_batch_norm_of_no_timestep_or_sample_leaves_the_statistics_alone(shape):
     norm = batch_norm()
     mean, var = norm.mean[...], norm.var[...]
-    assert norm(jnp.zeros((0, 2, 4, 4, 3))).shape == (0, 2, 4, 4, 3)
+    assert norm(jnp.zeros(shape)).shape == shape
     np.testing.assert_array_equal(norm.mean[...], mean)
     np.testing.assert_array_equal(norm.var[...], var)
+
+
+def test_running_statistics_are_moved_in_full_precision():
+    """Of products GPUs and TPUs round the factors, unless they are told."""
+    jaxpr = jax.make_jaxpr(lambda x: batch_norm()(x))(jnp.ones((5, 2, 4, 4, 3)))
+    products = [e.params["precision"] for e in jaxpr.eqns if e.primitive is jax.lax.dot_general_p]
+    assert products == [(jax.lax.Precision.HIGHEST,) * 2] * 2
+
+
+# Linear
+
+
+def test_on_a_gpu_evaluation_is_one_product():
+    """In parts it would gain nothing there: convolutions sum in another order too."""
+    linear = layers.Linear(64, 8, rngs=nnx.Rngs(0))
+    linear.eval()
+    for platform, loops in (("cpu", 1), ("cuda", 0)):
+        lowered = jax.jit(linear).trace(jnp.ones((10, 16, 64))).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.while") == loops
 
 
 # Dropout

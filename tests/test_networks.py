@@ -139,6 +139,13 @@ def test_a_key_of_either_kind_drops_the_same():
     np.testing.assert_array_equal(old, typed)
 
 
+def test_evaluation_draws_nothing_from_rngs():
+    net, rngs = small(), nnx.Rngs(0)
+    net.eval()
+    net(jnp.ones((4, 2, 34, 34, 2)), rngs=rngs)
+    assert rngs.dropout.count[...] == 0
+
+
 def test_rates_are_votes_averaged_over_time_and_lie_between_0_and_1():
     net = firing(small())
     net.eval()

@@ -70,6 +70,10 @@ def test_a_neuron_at_threshold_fires():
     assert neurons.IF()(jnp.ones((1, 1))) == 1
 
 
+def test_the_tau_of_a_lif_is_a_setting():
+    assert not jax.tree.leaves(nnx.state(neurons.LIF(tau=jnp.asarray(3.0))))
+
+
 def test_tau_and_w_are_two_names_of_one_thing():
     plif = neurons.PLIF(init_tau=5.0)
     np.testing.assert_allclose(plif.w[...], -math.log(4.0), rtol=1e-6)
@@ -187,6 +191,19 @@ def test_several_states_are_stacked_in_one_array(x64):
     after, second = neuron.unroll(middle, x[3:])
     np.testing.assert_array_equal(after, states)
     np.testing.assert_array_equal(jnp.concatenate([first, second]), s)
+
+
+def test_several_states_and_a_current_given_once(x64):
+    """As in an image network, whose first neurons see one current at every timestep."""
+    neuron, x = Synaptic(), currents(T=1)
+
+    def loss(neuron, x, T):
+        return (jnp.arange(7) @ neuron.unroll(None, x, T=T)[1] ** 2).sum()
+
+    once = nnx.grad(lambda neuron, x: loss(neuron, x, 7), argnums=(0, 1))(neuron, x)
+    repeated = nnx.grad(lambda neuron, x: loss(neuron, x.repeat(7, 0), None), argnums=(0, 1))(neuron, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), once, repeated)
+    assert (once[1] != 0).any()
 
 
 # The paper program's numbers

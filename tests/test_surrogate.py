@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from plif_jax import surrogate
+from plif_jax.errors import UserError
 
 # Derivatives at x = -0.7, 0, 0.3, 1.5 with the default parameters, as SpikingJelly 2.0 gives them.
 DERIVATIVES = {
@@ -96,6 +97,11 @@ def test_learned_alpha_gets_the_derivative_of_the_primitive(cls, settings, x64):
 def test_a_plain_number_fires_and_has_a_gradient(x64):
     assert surrogate.ATan()(0.5) == 1 and surrogate.ATan()(-0.5) == 0
     np.testing.assert_allclose(jax.grad(surrogate.ATan())(0.3), surrogate.ATan().derivative(0.3), rtol=1e-15)
+
+
+def test_alpha_is_one_number():
+    with pytest.raises(UserError, match=r"alpha has shape \(3,\); a surrogate has one alpha"):
+        surrogate.ATan(jnp.full(3, 2.0), learnable=True)
 
 
 def test_alpha_is_a_parameter_only_where_it_is_learned():

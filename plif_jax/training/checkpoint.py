@@ -86,22 +86,28 @@ class Checkpoints:
             raise UserError(f"checkpoints cannot lie in {self.folder}: {min(unfit)} in it; give -log_dir_prefix")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another program is training in {folder}; wait for it, or give -log_dir_prefix"
-                ) from None
-            except OSError as error:
-                raise UserError(
-                    f"{folder} lies where files cannot be locked ({error.strerror}); give another -log_dir_prefix"
-                ) from None
-            self._set_damaged_aside()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints are checked")
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options())
+        with contextlib.ExitStack() as failing:
+            failing.callback(self._lock.close)  # in a notebook the exception would keep it open
+            if jax.process_index() == 0:
+                self._take_lock()
+                self._set_damaged_aside()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoints are checked")
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options())
+            failing.pop_all()
         self._writer, self._writing = ThreadPoolExecutor(1), None
+
+    def _take_lock(self):
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another program is training in {self.folder}; wait for it, or give -log_dir_prefix"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} lies where files cannot be locked ({error.strerror}); give another -log_dir_prefix"
+            ) from None
 
     def _options(self):
         policy = AnyPreservationPolicy([LatestN(2), _Best(), EveryNSeconds(KEEP_EVERY_SECONDS)])
@@ -200,13 +206,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None:
-            self.wait()
-        self._writer.shutdown()
-        if error is None or jax.process_count() == 1:  # closing waits for the other processes, of which one may be gone
-            with contextlib.suppress(Exception):  # what is already being raised says more
-                self._manager.close()
-        self._lock.close()
+        try:
+            if error is None:
+                self.wait()
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            self._writer.shutdown()
+            # Closing waits for the other processes, of which one may be gone.
+            if error is None or jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # what is already being raised says more
+                    self._manager.close()
+            self._lock.close()
 
     def _guard(self, write):
         try:
@@ -214,7 +226,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             good = _steps(self.folder)
             kept = f"the last good one is of step {_step(good[0])}" if good else "there is no earlier one"
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
 
     def restore(self, template):

@@ -70,7 +70,7 @@ def train(config, say=print) -> dict:
         raise
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
         raise UserError(
-            f"{error.filename or config.run_dir} cannot be written: {error.strerror}. "
+            f"{error.filename or config.run_dir} cannot be written: {error.strerror or error}. "
             "Mend that and start again: the run continues from its last checkpoint"
         ) from None
 
@@ -317,9 +317,9 @@ def evaluation_counts(config, evaluate, feed, now, part, chosen):
     """Yields what `evaluate` counts, call by call, over all samples of a part."""
     # Large event frames fill a device's memory sooner than small ones.
     batch_size = config.batch_size * (4 if max(config.facts.shape) < 64 else 1)
-    K = steps_per_call(config, chosen)
-    index_SB = batches.evaluation_batches(part, batch_size)
-    padding = np.full((-len(index_SB) % K, batch_size), -1, index_SB.dtype)
-    index_SB = np.concatenate([index_SB, padding])
-    for arguments in feed.chunks(index_SB, [K] * (len(index_SB) // K)):
+    steps = -(-len(part) // batch_size)
+    calls = -(-steps // steps_per_call(config, chosen))
+    K = -(-steps // calls)  # all calls alike, so that little is padding
+    index_SB = batches.evaluation_batches(part, K * batch_size).reshape(-1, batch_size)
+    for arguments in feed.chunks(index_SB, [K] * calls):
         yield evaluate(now.params, now.batch_stats, *arguments)

@@ -121,11 +121,11 @@ def make_evaluate(config, graphdef, devices, data_axis, firing_rates=False):
         weight_b = index_b >= 0
 
         def observe(name, layer, entering, leaving):
-            if firing_rates and name in net.named_neurons():
+            if name in net.named_neurons():
                 rate_b = jnp.mean(leaving, axis=(0, *range(2, leaving.ndim)), dtype=jnp.float32)
                 spikes[name] = jnp.sum(rate_b * weight_b)
 
-        rates = net(frames_for(config, x[index_b]), observe=observe)
+        rates = net(frames_for(config, x[index_b]), observe=observe if firing_rates else None)
         labels, predictions = jax.nn.one_hot(y[index_b], classes), jax.nn.one_hot(rates.argmax(-1), classes)
         confusion = jnp.einsum("bl,bp->lp", labels * weight_b[:, None], predictions).astype(jnp.int32)
         return {"confusion": confusion} | ({"spikes": spikes} if firing_rates else {})
