@@ -27,7 +27,7 @@ def test_there_are_five():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, folder, monkeypatch):
+def test_a_notebook_runs(path, folder, monkeypatch, rolled):
     monkeypatch.setenv("PLIF_JAX_CACHE", str(folder / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     matplotlib.use("Agg")
