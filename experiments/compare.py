@@ -26,7 +26,7 @@ from plif_jax.curves import (
     tau_over_epochs,
     w_tags,
 )
-from plif_jax.data import expected, storage
+from plif_jax.data import expected
 from plif_jax.errors import UserError
 from plif_jax.training.logs import read_metrics
 
@@ -115,8 +115,7 @@ def main(argv):
         print(f"mind:  {difference}")
     print_accuracy(ours, published.metrics)
     print_w(ours, published.metrics)
-    with storage.writing(flags.run / "compare.png", "The picture goes there."):
-        draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
+    draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 
 

@@ -20,7 +20,7 @@ from plif_jax import cli, data, neurons, surrogate
 from plif_jax.analysis import operations, plots, recording
 from plif_jax.config import Parser
 from plif_jax.curves import figure, summary
-from plif_jax.data import batches, storage
+from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import load_network
 from plif_jax.training.evaluation import evaluate
@@ -128,8 +128,7 @@ def main(argv):
     if not 0 <= flags.sample < len(part):
         raise UserError(f"-sample {flags.sample}: the run tests on {len(part)} samples; give 0 to {len(part) - 1}")
     folder = flags.run / "figures"
-    with storage.writing(folder, "The pictures go there."):
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     # The drawn sample first, then some spread over the test set for the means.
     spread = np.linspace(0, len(part) - 1, min(len(part), 15)).astype(int)
     index = part.index[list(dict.fromkeys([flags.sample, *spread.tolist()]))]

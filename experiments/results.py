@@ -11,6 +11,7 @@ these, and from what docs/results/ROW.md says besides. Nothing enters the page t
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -96,21 +97,37 @@ def run(name, more, logs, deadline):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     script, *own = script.split()
     command = [sys.executable, ROOT / "experiments" / script, *own, *flags]
-    # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
-    with signals.listening() as stop:
+    interrupted = None
+    with _raising():
+        # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
         program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        while (code := program.poll()) is None and stop.signum is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if code is None:
+        try:
+            code = program.wait(max(deadline - time.monotonic(), 0))
+        except (subprocess.TimeoutExpired, signals.Interrupted) as stop:
             program.terminate()
+            interrupted = stop if isinstance(stop, signals.Interrupted) else None
             code = program.wait()
-            code = 143 if code == -signal.SIGTERM else code  # told before it could listen
-    if code not in (0, 143):
+    if code not in (0, 143, -signal.SIGTERM):  # the last where it was told before it listened
         raise UserError(f"{name} ended with status {code}; its messages are above")
     keep(name, settings)
     write_page()
-    if stop.signum is not None:
-        raise signals.Interrupted(stop.signum)
+    if interrupted:
+        raise interrupted
+
+
+@contextlib.contextmanager
+def _raising():
+    """SIGTERM and SIGINT raise `signals.Interrupted` where the program is."""
+
+    def interrupt(signum, frame):
+        raise signals.Interrupted(signum)
+
+    before = {signum: signal.signal(signum, interrupt) for signum in signals.SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def keep(name, settings):
@@ -127,9 +144,9 @@ def keep(name, settings):
         before = json.loads((KEPT / f"{name}.json").read_text())
         if result["samples"] != before["samples"]:
             return print(f"{name}: a run on {before['samples']} samples is kept, this had {result['samples']}")
-        kept, ours = before["epochs"], result["epochs"]
-        if ours < kept:
-            return print(f"{name}: {kept} epochs are kept from another run, these {ours} do not replace them")
+        if (ours := result["epochs"]) < before["epochs"]:
+            fewer = f"these {ours} do not replace them"
+            return print(f"{name}: {before['epochs']} epochs are kept from another run, {fewer}")
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {
         "command": _command(name),

@@ -1,6 +1,7 @@
 """How the scripts start and end: a user's mistake in one line, an interrupted run with the status that says so."""
 
 import ctypes
+import errno
 import logging
 import os
 import select
@@ -13,6 +14,11 @@ import jax
 from plif_jax.errors import UserError
 from plif_jax.training.signals import Interrupted
 
+# The system's refusals that are about a place and not about this program.
+OF_THE_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+}
 READER_GONE = 141  # the status of what SIGPIPE ends
 
 # Of glibc's <malloc.h>: no array outside the heap, and a heap that never shrinks.
@@ -22,8 +28,8 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 def run(main):
     """Calls `main(argv)` and exits.
 
-    0; 2 after a `UserError`, which it prints in one line; 1 after a defect; 143 or 130 interrupted; 141 where nobody
-    reads what it prints any more.
+    0; 2 after a `UserError` or the system's refusal of a file, said in one line; 1 after a defect; 143 or 130
+    interrupted; 141 where nobody reads what it prints any more.
     """
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
@@ -41,6 +47,9 @@ def run(main):
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _is_read():
             _leave(READER_GONE)
+        if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
+            print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            _leave(2)
         traceback.print_exc()
         _leave(1)
 

@@ -23,7 +23,8 @@ _uniform_fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_default_init(key, shape, *arguments, **named):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions and linear layers."""
     # The same numbers as for the kernel's own shape, but XLA takes a third of a second to compile those of four axes.
-    return _uniform_fan_in(key, (math.prod(shape[:-1]), shape[-1]), *arguments, **named).reshape(shape)
+    flat = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else shape
+    return _uniform_fan_in(key, flat, *arguments, **named).reshape(shape)
 
 
 class BatchNorm(nnx.Module):

@@ -1,5 +1,6 @@
 """How a script ends: with which status, and what it says."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def ended(monkeypatch, capfd):
     ("error", "status", "said"),
     [
         (UserError("give another"), 2, "train.py: give another\n"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "summary.png"),
+            2,
+            "train.py: summary.png: Is a directory\n",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "train.py: a file: No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),
         (Interrupted(15), 143, ""),
     ],

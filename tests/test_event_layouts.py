@@ -191,7 +191,8 @@ def test_tonics_gestures(tmp_path):
         deeper.rename(deeper.with_name("moved"))
         deeper.mkdir()
         (deeper.with_name("moved")).rename(deeper / "wrapped")
-    assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
+    with pytest.raises(UserError, match=r"DVSGesture: ibmGestureTrain and ibmGestureTest hold no <user>_<lighting>/"):
+        recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("place", ["ASLDVS", "ASLDVS/ICCV2019_DVS_dataset"])
@@ -245,6 +246,12 @@ def test_what_a_file_manager_hides_is_no_data(tmp_path):
     with zipfile.ZipFile(tmp_path / "data" / "dog.zip", "w") as packed:
         packed.write(tmp_path / "made" / "dog" / "cifar10_dog_0.aedat", "dog/cifar10_dog_0.aedat")
         packed.write(hidden, "__MACOSX/._dog.zip")
+    found = recordings.find("CIFAR10DVS", tmp_path / "data", tmp_path / "cache")
+    assert [recording.label for recording in found.train] == [3, 5]
+    with zipfile.ZipFile(tmp_path / "data" / "CIFAR10DVS.zip", "w") as packed:
+        for name in ("cat", "dog"):
+            packed.write(tmp_path / "data" / f"{name}.zip", f"{name}.zip")
+            (tmp_path / "data" / f"{name}.zip").unlink()
     found = recordings.find("CIFAR10DVS", tmp_path / "data", tmp_path / "cache")
     assert [recording.label for recording in found.train] == [3, 5]
 

@@ -217,7 +217,7 @@ def _epoch(spec):
     checkpoints = ending.enter_context(Checkpoints(config.checkpoint_dir, config, print))
     dataset = data.load(config, progress=False)
     parts = batches.partition(config, dataset)
-    training = loop.Run(config, dataset, parts, chosen, checkpoints, signals.Stop(), print)
+    training = loop.Run(config, dataset, parts, chosen, checkpoints, signals.Stop(), print, True)
     facts = _facts(samples=training.steps_per_epoch * config.batch_size)
     epochs = iter(range(config.max_epoch))
 

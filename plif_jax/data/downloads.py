@@ -93,10 +93,10 @@ def fetch(name: str, cache_dir: Path) -> Path:
             if left:
                 what = BY_HAND.get(name, f"{name}: fetching {', '.join(archive.name for archive in left)}.")
                 print(what, f"They go to {folder}.", flush=True)
-            for archive in left:
-                _fetch(archive, folder)
-            size = sum((folder / archive.name).stat().st_size for archive in ARCHIVES[name])
-            print(f"{name}: {size / 1e6:.0f} MB of archives are in {folder}", flush=True)
+                for archive in left:
+                    _fetch(archive, folder)
+                size = sum((folder / archive.name).stat().st_size for archive in ARCHIVES[name])
+                print(f"{name}: {size / 1e6:.0f} MB of archives are in {folder}", flush=True)
     return folder
 
 

@@ -76,14 +76,22 @@ def split_cifar10dvs(recordings, split):
     tests = {"paper": range(900, 1000), "tebn": range(100)}
     if split not in tests:
         raise UserError(f"cifar10dvs_split is {split!r}; allowed are {', '.join(tests)}.")
+    return _split_by_number(recordings, range(1000), tests[split])
+
+
+def _split_by_number(recordings, allowed: range, tests: range):
+    """Split recordings by the number in each one's name; a copy of a test recording must not train."""
     train, test, seen = [], [], {}
     for recording in recordings:
         number = _number(Path(recording.path))
-        if number not in range(1000):
-            raise UserError(f"{recording.path}: its number, which tells the split, is not one of 0 to 999.")
-        if (same := seen.setdefault((recording.label, number), recording.path)) != recording.path:
-            raise UserError(f"{same} and {recording.path} have one number, which tells the split: remove the copy.")
-        (test if number in tests[split] else train).append(recording)
+        if number not in allowed:
+            known = f"{allowed[0]} to {allowed[-1]}"
+            raise UserError(f"{recording.path}: its number, which tells the split, is not one of {known}.")
+        if (recording.label, number) in seen:
+            both = f"{seen[recording.label, number]} and {recording.path}"
+            raise UserError(f"{both} have one number, which tells the split: remove the copy.")
+        seen[recording.label, number] = recording.path
+        (test if number in tests else train).append(recording)
     return train, test
 
 
@@ -98,7 +106,7 @@ def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | No
     An archive may hold that folder or what belongs into it; and unpacking may have wrapped it in another of its name.
     """
     child, packed = _child(folder, name), _child(folder, archive)
-    if child is None or not _holds_files(child):
+    if not _holds_files(child):
         if packed is None:
             return None
         unpacked = archives.unpacked(packed, cache_dir)
@@ -108,9 +116,9 @@ def _inside(folder: Path, name: str, archive: str, cache_dir: Path) -> Path | No
     return child
 
 
-def _holds_files(folder: Path, depth: int = 3) -> bool:
+def _holds_files(folder: Path | None, depth: int = 3) -> bool:
     """Whether there is a file in a folder or its folders, which may be links."""
-    children = _shown(folder) if folder.is_dir() else []
+    children = _shown(folder) if folder is not None and folder.is_dir() else []
     return any(child.is_file() or (depth > 0 and _holds_files(child, depth - 1)) for child in children)
 
 
@@ -151,7 +159,7 @@ def _nmnist(folder, cache_dir):
 def _cifar10dvs(folder, cache_dir):
     """<class>/*.aedat, *.aedat4 or <class>.zip, or tonic's CIFAR10DVS.zip of such zips; not split yet."""
     packed = _child(folder, "CIFAR10DVS.zip")
-    if packed is not None and not any(_child(folder, name) for name in CIFAR10_CLASSES):
+    if packed is not None and not any(_holds_files(_child(folder, name)) for name in CIFAR10_CLASSES):
         folder = _unwrapped(packed, "CIFAR10DVS", cache_dir)
     found = []
     for label, name in enumerate(CIFAR10_CLASSES):
@@ -171,8 +179,9 @@ def _dvs128_gesture(folder, cache_dir):
     ]
     if any(recut):
         splits = [[r for n in range(11) for r in _recut(inside, n)] for inside in recut]
-        if any(splits):
-            return [*splits, (1077, 264)]
+        if not any(splits):
+            raise UserError(f"{folder}: ibmGestureTrain and ibmGestureTest hold no <user>_<lighting>/<gesture>.npy.")
+        return [*splits, (1077, 264)]
     if (folder / "labels.txt").is_file() and any(folder.glob("*.bs2")):
         # A handful of samples, for looking at: nobody says which are for testing.
         return _listed(folder, folder / "labels.txt"), []
@@ -238,13 +247,10 @@ def _text(path):
 def _asldvs(folder, cache_dir):
     """<letter>/<letter>_<number>.mat, or the published archive of archives; the first 80 % of each letter train."""
     packed = _child(folder, "ICCV2019_DVS_dataset.zip") or _child(folder, "ASLDVS.zip")
-    if packed is not None and _child(folder, "a") is None:
+    if packed is not None and not _holds_files(_child(folder, "a")):
         folder = _unwrapped(packed, "ASLDVS", cache_dir)
-    splits = [], []
-    for label, letter in enumerate(ASL_LETTERS):
-        for recording in _recordings(_child(folder, letter), label, ".mat"):
-            splits[_number(Path(recording.path)) > 3360].append(recording)  # of 4200
-    return splits if any(splits) else None
+    found = [r for n, letter in enumerate(ASL_LETTERS) for r in _recordings(_child(folder, letter), n, ".mat")]
+    return _split_by_number(found, range(1, 4201), range(3361, 4201)) if found else None
 
 
 FINDERS = {

@@ -1,8 +1,9 @@
 """The network that a file's weights belong to, built again.
 
 Names and shapes tell which network it is, its widths and depth, and whether tau and alpha are learned. The rest is in
-whole-object files. For a plain state dict the tau of LIF and the paper's networks' kind of pooling have to be given; T
-and the reset are the paper's unless given, of SpikingJelly's networks T is 8, and reset and surrogate are its defaults.
+whole-object files. For a plain state dict the tau of LIF and, in the paper's networks, the kind of pooling have to be
+given. What is left is the paper's unless given; in SpikingJelly's networks T is 8, and threshold, reset and surrogate
+are its defaults.
 """
 
 import jax.numpy as jnp

@@ -34,7 +34,8 @@ def train(config, say=print) -> dict:
 
     Args:
       config: the settings, a `plif_jax.config.Config`.
-      say: takes each line of the report; None for no report and no progress bars.
+      say: takes each line of the report; None for no report and no bars. What data that are fetched or unpacked tell
+        is printed all the same.
 
     JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
 
@@ -83,7 +84,7 @@ class Run:
     tells the data from other data.
     """
 
-    def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say, bars=True):
+    def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say, bars):
         self.config, self.devices, self.checkpoints, self.stop = config, chosen, checkpoints, stop
         self.say, self.bars = say, bars
         self.main = jax.process_index() == 0
