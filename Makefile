@@ -1,4 +1,5 @@
-# The first target makes .venv when it is missing or older than what it is made from; all others use it.
+# The first target makes .venv when it is missing or older than what it is made from; all others use it. Not compiled:
+# Python does that to what is imported, in half of the time.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +10,7 @@ TESTS ?=
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 quickstart: $(VENV)/.installed
