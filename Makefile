@@ -1,5 +1,5 @@
-# The first target makes .venv when it is missing or older than what it is made from; all others use it. Not compiled:
-# Python does that to what is imported, in half of the time.
+# The first target makes .venv when it is missing or older than what it is made from; all others use it. Its packages
+# are not compiled, which takes as long as installing them: Python compiles what is imported.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
