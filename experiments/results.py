@@ -144,9 +144,8 @@ def keep(name, settings):
         before = json.loads((KEPT / f"{name}.json").read_text())
         if result["samples"] != before["samples"]:
             return print(f"{name}: a run on {before['samples']} samples is kept, this had {result['samples']}")
-        if (ours := result["epochs"]) < before["epochs"]:
-            fewer = f"these {ours} do not replace them"
-            return print(f"{name}: {before['epochs']} epochs are kept from another run, {fewer}")
+        if result["epochs"] < before["epochs"]:
+            return print(f"{name}: a run of {before['epochs']} epochs is kept, this had {result['epochs']}")
     curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
     kept = {
         "command": _command(name),

@@ -1,7 +1,6 @@
 """How the scripts start and end: a user's mistake in one line, an interrupted run with the status that says so."""
 
 import ctypes
-import errno
 import logging
 import os
 import select
@@ -11,14 +10,9 @@ from pathlib import Path
 
 import jax
 
-from plif_jax.errors import UserError
+from plif_jax.errors import OF_THE_PLACE, UserError
 from plif_jax.training.signals import Interrupted
 
-# The system's refusals that are about a place and not about this program.
-OF_THE_PLACE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
-    *(errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
-}
 READER_GONE = 141  # the status of what SIGPIPE ends
 
 # Of glibc's <malloc.h>: no array outside the heap, and a heap that never shrinks.

@@ -1,6 +1,13 @@
 """The one exception that means "the user can mend this", and what was probably meant."""
 
 import difflib
+import errno
+
+# The system's refusals that are about a place: neither a defect nor the network's.
+OF_THE_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+}
 
 
 class UserError(ValueError):

@@ -118,6 +118,14 @@ def test_a_copy_of_a_test_recording_does_not_train(tmp_path, name, says):
         recordings.find("CIFAR10DVS", tmp_path, tmp_path)
 
 
+def test_nor_does_one_of_asl_dvs(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a_0002", "a_3400", "a_3400 (2)"):
+        (tmp_path / "a" / f"{name}.mat").touch()
+    with pytest.raises(UserError, match=r"a_0002\.mat and .*a_3400 \(2\)\.mat have one number"):
+        recordings.find("ASLDVS", tmp_path, tmp_path)
+
+
 def write_gesture(folder):
     """Write two users, one for testing; user01 shows gesture 2 twice, and its gestures overlap in time."""
     folder.mkdir(parents=True)

@@ -44,7 +44,10 @@ def test_more_epochs_are_kept_rather_than_fewer(tmp_path, monkeypatch, capsys):
     kept = json.dumps({"epochs": 12, "samples": {"train": 4}})
     (tmp_path / "digits.json").write_text(kept)
     run = SimpleNamespace(run_dir=tmp_path)
-    for samples, said in ((4, "12 epochs are kept from another run, these 2"), (9, "a run on {'train': 4} samples is")):
+    for samples, said in (
+        (4, "a run of 12 epochs is kept, this had 2"),
+        (9, "a run on {'train': 4} samples is kept, this had {'train': 9}"),
+    ):
         other = {"epochs": 2 if samples == 4 else 99, "samples": {"train": samples}, "best": {}}
         (tmp_path / "result.json").write_text(json.dumps(other))
         results.keep("digits", run)

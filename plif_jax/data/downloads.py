@@ -1,6 +1,5 @@
 """Fetching the archives of the event data sets, and saying what to do where that cannot work."""
 
-import errno
 import http.client
 import os
 import urllib.error
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from tonic.download_utils import check_md5, download_url
 
 from plif_jax.data import storage
-from plif_jax.errors import UserError
+from plif_jax.errors import OF_THE_PLACE, UserError
 
 
 class Archive(NamedTuple):
@@ -24,9 +23,6 @@ class Archive(NamedTuple):
 # The links that tonic has, figshare.com/ndownloader, answer programs with an empty file; this host does not.
 FIGSHARE = "https://ndownloader.figshare.com/files/"
 MENDELEY = "https://data.mendeley.com/public-files/datasets/468j46mzdv/files/"
-
-# What of the system's refusals is about the folder and not the network.
-OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 ARCHIVES = {
     "NMNIST": [
@@ -112,7 +108,7 @@ def _fetch(archive, folder):
             raise UserError(f"the answer, {partial.stat().st_size} bytes, has not the md5 {archive.md5}")
         os.replace(partial, folder / archive.name)
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError, UserError) as error:
-        if getattr(error, "errno", None) in OF_THE_FOLDER:
+        if getattr(error, "errno", None) in OF_THE_PLACE:
             with storage.writing(folder):
                 raise
         raise UserError(
