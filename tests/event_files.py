@@ -1,9 +1,12 @@
 """Small recordings, written in the true forms of the event data sets."""
 
 import struct
+import zipfile
+from pathlib import Path
 
 import numpy as np
 
+from plif_jax.data import recordings
 from plif_jax.data.digits import write_recording
 
 
@@ -43,3 +46,23 @@ def write_aedat3(path, events, packet=50):
             out.append(struct.pack("<HHIIIIII", kind, 1, 8, 4, 0, len(data), len(data), len(data)) + data.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(out))
+
+
+def numbers(ours):
+    """The numbers in the names of recordings."""
+    return [int(Path(recording.path).stem.split("_")[-1]) for recording in ours]
+
+
+def pack(folder, archive):
+    """Zip a folder, under its own name, and remove nothing."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in sorted(folder.rglob("*")):
+            packed.write(file, file.relative_to(folder.parent))
+    return archive
+
+
+def write_cifar10dvs(root, count=(0, 2, 99, 100, 899, 900, 999), classes=recordings.CIFAR10_CLASSES):
+    for label, name in enumerate(classes):
+        for number in count:
+            path = root / name / f"cifar10_{name}_{number}.aedat"
+            write_aedat2(path, random_events(1000 * label + number, 60, 128, 128))

@@ -8,22 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from event_files import random_events, write_aedat2, write_aedat3, write_nmnist
+from event_files import numbers, pack, random_events, write_aedat3, write_cifar10dvs, write_nmnist
 
-from plif_jax.data import archives, event_cache, event_readers, events, images, recordings
+from plif_jax.data import event_cache, event_readers, events, images, recordings
 from plif_jax.errors import UserError
-
-
-def numbers(ours):
-    return [int(Path(recording.path).stem.split("_")[-1]) for recording in ours]
-
-
-def pack(folder, archive):
-    """Zip a folder, under its own name, and remove nothing."""
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for file in sorted(folder.rglob("*")):
-            packed.write(file, file.relative_to(folder.parent))
-    return archive
 
 
 @pytest.mark.parametrize("place", [".", "NMNIST", "nmnist", "N-MNIST", "NMNIST/extract"])
@@ -34,20 +22,6 @@ def test_nmnist_folders(tmp_path, place):
     assert [recording.label for recording in found.train] == sorted([*range(10)] * 3)
     assert found.expected == (60000, 10000)
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("names", [("Train.zip", "Test.zip"), ("train.zip", "test.zip")])
-def test_nmnist_archives_are_unpacked_once_into_the_cache(tmp_path, names):
-    write_nmnist(tmp_path / "made")
-    (tmp_path / "data" / "NMNIST" / "Train" / "0").mkdir(parents=True)  # begun by hand, and empty
-    for split, name in zip(("Train", "Test"), names, strict=True):
-        pack(tmp_path / "made" / split, tmp_path / "data" / "NMNIST" / name)
-    first = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")
-    stamp = Path(first.train[0].path).stat().st_ctime_ns
-    again = recordings.find("NMNIST", tmp_path / "data", tmp_path / "cache")
-    assert first == again and stamp == Path(again.train[0].path).stat().st_ctime_ns
-    assert numbers(first.train) == [2, 9, 10] * 10 and len(first.test) == 20
-    assert all(Path(recording.path).is_relative_to(tmp_path / "cache") for recording in first.train + first.test)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +39,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, find):
 def test_nothing_found_is_none(tmp_path):
     for name in recordings.FINDERS:
         assert recordings.find(name, tmp_path, tmp_path) is None
-
-
-def write_cifar10dvs(root, count=(0, 2, 99, 100, 899, 900, 999), classes=recordings.CIFAR10_CLASSES):
-    for label, name in enumerate(classes):
-        for number in count:
-            path = root / name / f"cifar10_{name}_{number}.aedat"
-            write_aedat2(path, random_events(1000 * label + number, 60, 128, 128))
 
 
 @pytest.mark.parametrize("layout", ["CIFAR10DVS", "CIFAR10DVS/events", "CIFAR10DVS/<class>.zip", "CIFAR10DVS.zip"])
@@ -222,55 +189,6 @@ def test_the_same_recordings_elsewhere_share_the_cache(tmp_path):
     assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
 
 
-def test_an_archive_unpacked_again_gives_the_same_frames(tmp_path, monkeypatch):
-    """Frames are found again by their recordings' times, which the archive tells."""
-    write_nmnist(tmp_path / "made")
-    for split in ("Train", "Test"):
-        pack(tmp_path / "made" / split, tmp_path / f"{split}.zip")
-    for _ in range(2):
-        events.load("NMNIST", tmp_path, tmp_path / "cache", T=2, progress=False)
-        shutil.rmtree(tmp_path / "cache" / "unpacked")
-    assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
-
-
-def test_zips_in_zips_in_a_zip(tmp_path):
-    inner, content = "a/a_1.mat", b""
-    for archive in ("a.zip", "ICCV2019_DVS_dataset.zip", "ASLDVS.zip"):
-        with zipfile.ZipFile(tmp_path / archive, "w") as packed:
-            packed.writestr(inner, content)
-        inner, content = archive, (tmp_path / archive).read_bytes()
-    for archive in ("a.zip", "ICCV2019_DVS_dataset.zip"):
-        (tmp_path / archive).unlink()
-    assert numbers(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == [1]
-
-
-def test_what_a_file_manager_hides_is_no_data(tmp_path):
-    write_cifar10dvs(tmp_path / "made", [0])
-    (tmp_path / "data" / "cat").mkdir(parents=True)
-    (tmp_path / "data" / "cat" / ".DS_Store").touch()  # the folder of an archive that is not unpacked yet
-    pack(tmp_path / "made" / "cat", tmp_path / "data" / "cat.zip")
-    (hidden := tmp_path / "made" / "__MACOSX" / "._dog.zip").parent.mkdir()
-    hidden.write_bytes(b"attributes of dog.zip")
-    with zipfile.ZipFile(tmp_path / "data" / "dog.zip", "w") as packed:
-        packed.write(tmp_path / "made" / "dog" / "cifar10_dog_0.aedat", "dog/cifar10_dog_0.aedat")
-        packed.write(hidden, "__MACOSX/._dog.zip")
-    found = recordings.find("CIFAR10DVS", tmp_path / "data", tmp_path / "cache")
-    assert [recording.label for recording in found.train] == [3, 5]
-    with zipfile.ZipFile(tmp_path / "data" / "CIFAR10DVS.zip", "w") as packed:
-        for name in ("cat", "dog"):
-            packed.write(tmp_path / "data" / f"{name}.zip", f"{name}.zip")
-            (tmp_path / "data" / f"{name}.zip").unlink()
-    found = recordings.find("CIFAR10DVS", tmp_path / "data", tmp_path / "cache")
-    assert [recording.label for recording in found.train] == [3, 5]
-
-
-def test_a_damaged_zip_in_a_zip_is_named_by_both(tmp_path):
-    with zipfile.ZipFile(tmp_path / "CIFAR10DVS.zip", "w") as packed:
-        packed.writestr("cat.zip", b"no zip")
-    with pytest.raises(UserError, match=f"{tmp_path / 'CIFAR10DVS.zip'}: cat.zip: the archive is truncated or damaged"):
-        recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache")
-
-
 @pytest.mark.parametrize(
     "file, content, says",
     [
@@ -324,88 +242,6 @@ def test_folders_that_were_unpacked_into_a_folder_of_their_name(tmp_path):
     for split in ("Train", "Test"):
         shutil.copytree(tmp_path / "made" / split, tmp_path / "NMNIST" / split / split)
     assert len(recordings.find("NMNIST", tmp_path, tmp_path / "cache").train) == 30
-
-
-@pytest.mark.parametrize("inside", ["CIFAR10DVS/cat/cat_0.aedat", "cat/cat_0.aedat", "events/cat/cat_0.aedat"])
-def test_an_archive_may_hold_a_folder_of_the_whole(tmp_path, inside):
-    with zipfile.ZipFile(tmp_path / "CIFAR10DVS.zip", "w") as packed:
-        packed.writestr(inside, b"")
-    (found,) = recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache").train
-    assert found.label == 3
-
-
-@pytest.mark.parametrize("archive, inside", [("cat.zip", "cat_0.aedat"), ("CAT.ZIP", "cat/cat_0.aedat")])
-def test_an_archive_of_a_class_may_hold_its_recordings_alone(tmp_path, archive, inside):
-    with zipfile.ZipFile(tmp_path / archive, "w") as packed:
-        packed.writestr(inside, b"")
-    (found,) = recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache").train
-    assert found.label == 3
-
-
-def test_dropbox_s_archives_begin_with_a_folder_without_a_name(tmp_path):
-    with zipfile.ZipFile(tmp_path / "Yin_b.ZIP", "w") as packed:
-        packed.writestr("b/b_0001.mat", b"")
-    with zipfile.ZipFile(tmp_path / "ICCV2019_DVS_dataset.zip", "w") as packed:
-        packed.writestr("/", b"")
-        packed.write(tmp_path / "Yin_b.ZIP", "Yin_b.ZIP")
-    (tmp_path / "Yin_b.ZIP").unlink()
-    assert numbers(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == [1]
-
-
-def test_an_archive_that_python_cannot_unpack_says_so(tmp_path):
-    with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
-        packed.writestr("Train/0/1.bin", b"12345")
-    content = bytearray((tmp_path / "Train.zip").read_bytes())
-    for header in (content.index(b"PK\x03\x04") + 8, content.index(b"PK\x01\x02") + 10):
-        content[header] = 9  # Deflate64, which Windows uses for large files
-    (tmp_path / "Train.zip").write_bytes(content)
-    with pytest.raises(UserError, match=r"Train\.zip: .* unpack it yourself, beside it"):
-        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
-
-
-def truncate(archive):
-    archive.write_bytes(archive.read_bytes()[:-300])
-
-
-def test_a_damaged_lzma_archive_is_named(tmp_path):
-    with zipfile.ZipFile(tmp_path / "Train.zip", "w", zipfile.ZIP_LZMA) as packed:
-        packed.writestr("Train/0/1.bin", bytes(range(250)) * 40)
-    content = bytearray((tmp_path / "Train.zip").read_bytes())
-    content[60:90] = b"\xff" * 30
-    (tmp_path / "Train.zip").write_bytes(content)
-    with pytest.raises(UserError, match=r"Train\.zip: the archive is truncated or damaged"):
-        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
-
-
-@pytest.mark.parametrize("name", ["Train.zip", "DvsGesture.tar.gz"])
-def test_a_truncated_archive_is_named_and_leaves_nothing(tmp_path, name):
-    write_nmnist(tmp_path / "made")
-    archive = tmp_path / name
-    if name.endswith("zip"):
-        pack(tmp_path / "made" / "Train", archive)
-    else:
-        with tarfile.open(archive, "w:gz") as packed:
-            packed.add(tmp_path / "made", "DvsGesture")
-    truncate(archive)
-    with pytest.raises(UserError, match=f"{name}: the archive is truncated or damaged") as error:
-        archives.unpacked(archive, tmp_path / "cache")
-    assert "\n" not in str(error.value)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"] == [tmp_path / "cache/unpacked"]
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_an_archive_may_not_leave_its_folder(tmp_path, kind):
-    (tmp_path / "evil").write_text("out")
-    archive = tmp_path / f"a.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(archive, "w") as packed:
-            packed.write(tmp_path / "evil", "../../escaped")
-    else:
-        with tarfile.open(archive, "w") as packed:
-            packed.add(tmp_path / "evil", "../../escaped")
-    with pytest.raises(UserError, match=r"a\.(zip|tar).*\.\./\.\./escaped"):
-        archives.unpacked(archive, tmp_path / "cache")
-    assert not list(tmp_path.rglob("escaped"))
 
 
 def test_the_parts_of_a_large_frame_stay_small():
