@@ -1,6 +1,7 @@
-"""3x3 convolution and matrix product with their gradients, arranged for a CPU; elsewhere XLA's own.
+"""3x3 convolution and matrix product with their gradients, arranged for a CPU and, where it pays, for NVIDIA's GPUs.
 
-A convolution is worked a few images at a time, so that what it spreads out never leaves the cache.
+On a CPU a convolution is worked a few images at a time, so that what it spreads out never leaves the cache. On a GPU
+one of few channels, as frames have, is a product of patches: cuDNN is slow at these. All else is XLA's own.
 """
 
 import math
@@ -14,6 +15,9 @@ from plif_jax.mapped import vary_alike
 
 # Below these, Winograd's transforms cost more than the products they save.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
+
+# Patches of more channels would take more traffic than cuDNN's kernels lose.
+PATCH_CHANNELS = 3
 
 # F(2x2, 3x3): 2x2 outputs of 4x4 inputs in 16 products instead of 36.
 KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -32,6 +36,8 @@ def conv3x3(x, kernel):
 
 @jax.custom_vjp
 def _conv3x3(x, kernel):
+    if x.shape[-1] <= PATCH_CHANNELS:
+        return lax.platform_dependent(x, kernel, cuda=_by_patches, default=_direct)
     if not _suits_winograd(x, kernel):
         return _direct(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
@@ -44,7 +50,14 @@ def _forward(x, kernel):
 def _backward(residuals, g):
     x, kernel = residuals
     by_image = _kernel_gradient_by_image if _can_be_cut(x) else _kernel_gradient
-    kernel_bar = lax.platform_dependent(x, g, cpu=by_image, default=_kernel_gradient)
+    by_patches = _kernel_gradient_by_patches if x.shape[-1] <= PATCH_CHANNELS else _kernel_gradient
+
+    def first(kernel_gradient):
+        # Before x's gradient, or XLA puts it off to the end, and keeps x and g for it that long.
+        return lambda x, g: lax.optimization_barrier((kernel_gradient(x, g), g))
+
+    ways = {"cuda": first(by_patches), "default": first(_kernel_gradient), "cpu": lambda x, g: (by_image(x, g), g)}
+    kernel_bar, g = lax.platform_dependent(x, g, **ways)
     return _conv3x3(g, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_bar
 
 
@@ -94,6 +107,31 @@ def _output_transform(m):
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
+def _by_patches(x, kernel):
+    patches, rows = _aligned(_around(x)), _aligned(kernel.reshape(-1, kernel.shape[-1]).T)
+    return jnp.einsum("nhwp,op->nhwo", patches, rows)
+
+
+def _kernel_gradient_by_patches(x, g):
+    """Image by image, for one product with so long a sum would leave most of the GPU idle."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    of_images = jnp.einsum("nhwo,nhwp->nop", g, _aligned(_around(x)), preferred_element_type=dtype)
+    rows = of_images.sum(0)[:, : 9 * x.shape[-1]]
+    return rows.T.reshape(3, 3, x.shape[-1], -1).astype(x.dtype)
+
+
+def _aligned(patches):
+    """With zeros up to a multiple of 4 numbers, by which tensor cores load."""
+    return jnp.pad(patches, [(0, 0)] * (patches.ndim - 1) + [(0, -patches.shape[-1] % 4)])
+
+
+def _around(x):
+    """The 3x3 values around each place, [N, H, W, 9 C]."""
+    _, H, W, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return jnp.concatenate([x[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], axis=-1)
+
+
 def _kernel_gradient(x, g):
     x, kernel = vary_alike(x, jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype))
     return jax.linear_transpose(lambda kernel: _direct(x, kernel), kernel)(g)[0]
@@ -107,8 +145,7 @@ def _kernel_gradient_by_image(x, g):
 
     def add(total, some):
         x, g = some
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        patches = jnp.concatenate([x[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], axis=-1)
+        patches = _around(x)
         return total + jnp.einsum("nhwo,nhwp->op", g, patches, preferred_element_type=dtype), None
 
     chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]

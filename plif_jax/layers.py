@@ -60,17 +60,22 @@ class BatchNorm(nnx.Module):
             y = (_wide(x_TBC) - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
         else:
             y, mean, var = _normalize(self.eps, self.axis_name, *vary_alike(x_TBC, scale, bias))
-            count = math.prod(y.shape[1:-1]) * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
-            mean, var = (s.reshape(len(y), y.shape[-1]) for s in (mean, var))
-            if 0 not in y.shape:  # of no values there are no statistics
-                self._move(self.mean, mean)
-                # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
-                self._move(self.var, var * (count / max(count - 1, 1)))
+            self.track(x_TBC, mean, var)
         return y.astype(self.dtype or x_TBC.dtype)
 
-    def _move(self, running, new_TC):
+    def track(self, x_TBC, mean, var):
+        """Moves the running statistics by those [T, 1, ..., C] of the timesteps of x."""
+        if 0 in x_TBC.shape:  # of no values there are no statistics
+            return
+        count = math.prod(x_TBC.shape[1:-1]) * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+        self._move(self.mean, mean)
+        # One value per channel has no unbiased variance; PyTorch refuses it, the biased one is finite.
+        self._move(self.var, var * (count / max(count - 1, 1)))
+
+    def _move(self, running, new):
         """T exponential moving averages in one sum: (1 - m)^T r + sum over t of m (1 - m)^(T-1-t) new[t]."""
-        T = new_TC.shape[0]
+        new_TC = new.reshape(len(new), -1)
+        T = len(new)
         keep = 1 - self.momentum
         weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
         # In full precision: GPUs and TPUs would round the statistics before they multiply.
@@ -103,20 +108,50 @@ def _normalize(eps, axis_name, x, scale, bias):
 
 
 def _normalize_forward(eps, axis_name, x, scale, bias):
-    wide, axes = _wide(x), tuple(range(1, x.ndim - 1))
-    mean = mean_over_devices(wide.mean(axes, keepdims=True), axis_name)
-    # Two passes over x: E[x^2] - mean^2 would cancel in float32.
-    var = mean_over_devices(jnp.square(wide - mean).mean(axes, keepdims=True), axis_name)
+    mean, var = statistics(x, axis_name)
     inverse = lax.rsqrt(var + eps)
-    y = (wide - mean) * (scale * inverse) + bias
+    y = (_wide(x) - mean) * (scale * inverse) + bias
     return (y, mean, var), (x, scale, bias, mean, inverse)
 
 
+def statistics(x, axis_name):
+    """Mean and biased variance [T, 1, ..., C] of each timestep of x [T, B, ..., C]."""
+
+    def in_two_passes(x):
+        mean = _mean(_wide(x))
+        return mean, _mean(jnp.square(_wide(x) - mean))
+
+    def in_one_pass(x):
+        # About a value near the mean, that of a part of the first sample: E[x^2] - mean^2 would cancel in float32.
+        near = _mean(_wide(x[:, :1, *[slice(None, None, 4)] * (x.ndim - 3)]))
+        first, second = _mean(_wide(x) - near), _mean(jnp.square(_wide(x) - near))
+        return near + first, jnp.maximum(second - jnp.square(first), 0)
+
+    mean_here, var_here = lax.platform_dependent(x, cuda=in_one_pass, default=in_two_passes)
+    mean = mean_over_devices(mean_here, axis_name)
+    return mean, mean_over_devices(var_here + jnp.square(mean_here - mean), axis_name)
+
+
+def _mean(x):
+    """Mean [T, 1, ..., C] over all axes but the first and the last of x [T, B, ..., C]."""
+
+    def by_sample(x):  # of two means over the same array XLA then makes one pass, whatever its size
+        return x.mean(tuple(range(2, x.ndim - 1)), keepdims=True).mean(1, keepdims=True)
+
+    def at_once(x):
+        return x.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+
+    return lax.platform_dependent(x, cuda=by_sample, default=at_once)
+
+
 def _normalize_backward(eps, axis_name, residuals, cotangents):
-    x, scale, bias, mean, inverse = residuals
-    g, centred, axes = cotangents[0], _wide(x) - mean, tuple(range(1, x.ndim - 1))
-    mean_g, mean_gx = (s.mean(axes, keepdims=True) for s in (g, g * centred))
-    mean_gx *= inverse
+    return normalize_gradient(axis_name, *residuals, cotangents[0])
+
+
+def normalize_gradient(axis_name, x, scale, bias, mean, inverse, g):
+    """(x_bar, scale_bar, bias_bar) of what x is normalised to, from its gradient g; see `_normalize`."""
+    centred = _wide(x) - mean
+    mean_g, mean_gx = _mean(g), _mean(g * centred) * inverse
     count = math.prod(x.shape[1:-1])
     scale_bar, bias_bar = (count * s.sum(0, keepdims=True) for s in (mean_gx, mean_g))
     mean_g, mean_gx = (mean_over_devices(s, axis_name) for s in (mean_g, mean_gx))
@@ -263,10 +298,10 @@ def _max_pool_forward(x):
 
 
 def _max_pool_backward(first, g):
-    *_, H, W, C = g.shape
-    parts = [jnp.where(first == i, g, 0) for i in range(4)]
-    rows = [jnp.stack(parts[i : i + 2], axis=-2).reshape(*g.shape[:-2], 2 * W, C) for i in (0, 2)]
-    return (jnp.stack(rows, axis=-3).reshape(*g.shape[:-3], 2 * H, 2 * W, C),)
+    *leading, H, W, C = g.shape
+    first, g = (array.reshape(*leading, H, 1, W, 1, C) for array in (first, g))
+    place = jnp.arange(4, dtype=jnp.uint8).reshape(*[1] * len(leading), 1, 2, 1, 2, 1)  # in a window, row-major
+    return (jnp.where(first == place, g, 0).reshape(*leading, 2 * H, 2 * W, C),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -6,13 +6,14 @@ that leaves it. Positions in a part are those of the paper program's `Sequential
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from plif_jax import neurons, surrogate
+from plif_jax import neurons, normalized, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import conv3x3, dot_general
 from plif_jax.errors import UserError
@@ -261,15 +262,21 @@ class SpikingNet(nnx.Module):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
         key = None
         before = None if state is None else iter(state)
-        after = []
-        for index, (name, layer) in enumerate(self.named_layers().items()):
+        after, norm = [], None
+        layers = list(self.named_layers().items())
+        for index, (name, layer) in enumerate(layers):
+            following = layers[index + 1][1] if index + 1 < len(layers) else None
             shown = still and index == len(self.static_conv)
             if shown and (observe is not None or not isinstance(layer, neurons.Neuron)):
                 x = jnp.broadcast_to(x, (self.T, *x.shape[1:]))
             entering = x
-            if isinstance(layer, neurons.Neuron):
-                v, x = layer.unroll(None if before is None else next(before), x, T=self.T if shown else None)
+            if isinstance(layer, BatchNorm) and isinstance(following, neurons.Neuron) and observe is None:
+                norm = layer  # the neuron's: see `normalized`
+            elif isinstance(layer, neurons.Neuron):
+                unroll = layer.unroll if norm is None else partial(normalized.unroll, norm, layer)
+                v, x = unroll(None if before is None else next(before), x, T=self.T if shown else None)
                 after.append(v)
+                norm = None
             elif isinstance(layer, Dropout):
                 if key is None and rngs is not None and not layer.deterministic:  # evaluation draws nothing from rngs
                     key = dropout_key(rngs)

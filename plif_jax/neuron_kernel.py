@@ -5,12 +5,15 @@ the membranes through memory. A step fits that is elementwise arithmetic in floa
 the neurons here are with all surrogates but `Erf` whose alpha is learned. A kernel has each parameter once per neuron,
 so that its gradient too is elementwise, and summed at the end.
 
-A step is (params, v, x) -> (v, s). A membrane is an array [...], or one number where all are alike.
+A step is (params, v, x) -> (v, s). A membrane is an array [...], or one number where all are alike. With `affine`, that
+is tables (mean [T or 1, ..., C], gain [T or 1, ..., C], bias [..., C]), the currents are (x - mean) gain + bias, which
+are never written: batch normalisation before a neuron costs no pass over memory of its own.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Literal
@@ -52,7 +55,7 @@ def fits(step, T, params, v, x):
     return types == [(block, jnp.float32), (block, x.dtype)] and all(map(_elementwise, (forward, backward)))
 
 
-def spikes(step, T, params, v, x):
+def spikes(step, T, params, v, x, affine=None):
     """s [T, ...] in answer to currents x [T or 1, ...] from the membranes v."""
     forward, rows = _step(step, T, params, x), len(x)
 
@@ -60,11 +63,11 @@ def spikes(step, T, params, v, x):
         for t, current in enumerate(_loaded(x, rows, T)):
             v, s[t] = _evaluate(forward, *params, v, current)
 
-    (s,), _ = _call(kernel, T, params, v, [x], [(T, x.dtype)])
+    (s,), _ = _call(kernel, T, params, v, affine, [x], [(T, x.dtype)])
     return s.reshape(T, *x.shape[1:])
 
 
-def last(step, T, params, v, x):
+def last(step, T, params, v, x, affine=None):
     """The membranes [...] after T timesteps of currents x [T or 1, ...]."""
     forward, rows = _step(step, T, params, x), len(x)
 
@@ -73,14 +76,14 @@ def last(step, T, params, v, x):
             v, _ = _evaluate(forward, *params, v, current)
         after[0] = v
 
-    (v,), _ = _call(kernel, T, params, v, [x], [(1, jnp.float32)])
+    (v,), _ = _call(kernel, T, params, v, affine, [x], [(1, jnp.float32)])
     return v.reshape(x.shape[1:])
 
 
-def gradient(step, T, params, v, x, v_bar, s_bar):
+def gradient(step, T, params, v, x, v_bar, s_bar, affine=None):
     """(params_bar, v_bar, x_bar) of a sequence, from the gradients of its last membranes, None for 0, and its spikes.
 
-    v_bar of membranes that are a number is None.
+    v_bar of membranes that are a number is None; x_bar is that of the currents, also where `affine` makes them.
     """
     forward, backward, rows = _step(step, T, params, x), _gradient(step, T, params, x), len(x)
 
@@ -109,7 +112,7 @@ def gradient(step, T, params, v, x, v_bar, s_bar):
     # A block has read all of its gradients before it writes the first: x_bar takes the place of s_bar.
     places = {1: 0} if rows == T else {}
     sums = len(jax.tree.leaves(params))
-    (x_bar, *v_bar), sums = _call(kernel, T, params, v, arrays, results, sums, places)
+    (x_bar, *v_bar), sums = _call(kernel, T, params, v, affine, arrays, results, sums, places)
     params_bar = jax.tree.unflatten(jax.tree.structure(params), sums)
     return params_bar, v_bar[0].reshape(x.shape[1:]) if v_bar else None, x_bar.reshape(x.shape)
 
@@ -138,24 +141,44 @@ class _Rows:
         plgpu.store(self._mine(row), values.astype(self.ref.dtype), mask=self.inside)
 
 
-def _call(kernel, T, params, v, arrays, results, sums=0, places=()):
+class _Normalized:
+    """`_Rows` of x as currents: (x - mean) gain + bias, by tables with a value, or one for every row, per channel."""
+
+    def __init__(self, rows, C, mean, gain, bias):
+        self.rows, self.C, self.mean, self.gain, self.bias = rows, C, mean, gain, bias
+        self.channel = lax.rem(rows.first + jnp.arange(rows.block, dtype=jnp.int32), jnp.int32(C))
+
+    def _of(self, table, row):
+        return plgpu.load(table.at[self.channel + (row * self.C if table.shape[0] > self.C else 0)])
+
+    def __getitem__(self, row):
+        x = self.rows[row]
+        wide = (x.astype(jnp.float32) - self._of(self.mean, row)) * self._of(self.gain, row) + self._of(self.bias, 0)
+        return wide.astype(x.dtype)
+
+
+def _call(kernel, T, params, v, affine, arrays, results, sums=0, places=()):
     """Runs a kernel on blocks of neurons: its results, (rows, dtype) each, and the `sums` numbers that it returns.
 
-    A kernel takes the parameters' values, a block's membranes, and its `_Rows` of the arrays and of the results.
+    A kernel takes the parameters' values, a block's membranes, and its `_Rows` of the arrays, of which the first is x,
+    and of the results.
     `places` says of which array a result may take the place, {index of the array: index of the result}.
     """
     scalars, x = jax.tree.leaves(params), arrays[0]
     N, block = x[0].size, _block(T)
     blocks = pl.cdiv(N, block)
+    tables, C = [table.reshape(-1) for table in affine or ()], x.shape[-1]
     # A number for all membranes is part of the program: nothing is read for it.
-    before = len(scalars) + (1 if jnp.ndim(v) else 0)
+    before = len(scalars) + len(tables) + (1 if jnp.ndim(v) else 0)
     arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]
 
     def on_block(*refs):
         values = [jnp.full(block, ref[0]) for ref in refs[: len(scalars)]]
         partial_sums = refs[len(refs) - sums :]
-        rows = [_Rows(ref, N, block) for ref in refs[len(scalars) : len(refs) - sums]]
+        rows = [_Rows(ref, N, block) for ref in refs[len(scalars) + len(tables) : len(refs) - sums]]
         membranes = rows.pop(0)[0] if jnp.ndim(v) else jnp.full(block, v, jnp.float32)
+        if tables:
+            rows[0] = _Normalized(rows[0], C, *refs[len(scalars) : len(scalars) + len(tables)])
         for ref, total in zip(partial_sums, kernel(values, membranes, *rows) or (), strict=True):
             ref[pl.program_id(0)] = total
 
@@ -168,7 +191,7 @@ def _call(kernel, T, params, v, arrays, results, sums=0, places=()):
         input_output_aliases={before + array: result for array, result in dict(places).items()},
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32),
     )
-    found = call(*[scalar.reshape(1) for scalar in scalars], *arrays)
+    found = call(*[scalar.reshape(1) for scalar in scalars], *tables, *arrays)
     return found[: len(results)], [partial_sum.sum() for partial_sum in found[len(results) :]]
 
 

@@ -10,25 +10,18 @@ Every neuron does three things per timestep (Fang et al., 2021, Sec. 3):
 A neuron of your own is a subclass with a `charge` of its own; it gets the fast gradient below for free.
 """
 
-import contextlib
 import math
-from contextvars import ContextVar
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import surrogate as surrogates
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
-
-# Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
-# the steps is slower than none: each part's inputs are copied.
-MAX_UNROLL = 32
+from plif_jax.sequence import at_rest, kernels, run
 
 
 class Neuron(nnx.Module):
@@ -78,7 +71,7 @@ class Neuron(nnx.Module):
         A neuron of several states stacks them in this one array, and a `step` of its own takes them apart.
         """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.full(x.shape[1:], _or_zero(self.v_reset), dtype)
+        return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype)
 
     def unroll(self, v, x, *, T=None):
         """Runs currents x [T, ...] from the membrane v [...] (None: at rest).
@@ -90,6 +83,10 @@ class Neuron(nnx.Module):
         Raises:
           UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
+        return run(*self.prepared(v, x, T))
+
+    def prepared(self, v, x, T=None):
+        """What `sequence` takes, from what `unroll` is given; raises what that raises."""
         x = _currents(x)
         if T is not None and (not isinstance(T, int | np.integer) or T < 0):
             raise UserError(f"T is {T!r}; the number of timesteps is a whole number, and known before compilation")
@@ -107,7 +104,7 @@ class Neuron(nnx.Module):
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
-        return _run(graphdef, _kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x))
+        return graphdef, kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
@@ -130,141 +127,6 @@ def _currents(x):
 def _floats(path, leaf):
     """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a neuron of one's own."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _or_zero(v_reset):
-    return 0.0 if v_reset is None else v_reset
-
-
-def _scan(step, carry, xs, T, **kwargs):
-    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
-
-
-_scanning = ContextVar("scanning", default=False)
-
-
-@contextlib.contextmanager
-def scanned():
-    """What is traced within it scans on a GPU too: for programs that are to run elsewhere, and for comparison."""
-    token = _scanning.set(True)
-    try:
-        yield
-    finally:
-        _scanning.reset(token)
-
-
-def _kernels():
-    """The module of a GPU's kernels; None without a GPU that Triton knows, or once JAX has dropped Pallas' Triton."""
-    if _scanning.get() or jax.default_backend() != "gpu":
-        return None
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    if not capability[:1].isdecimal() or float(capability) < 8:  # before Ampere, or not NVIDIA's
-        return None
-    try:
-        from plif_jax import neuron_kernel
-    except ImportError:
-        return None
-    return neuron_kernel
-
-
-# Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(graphdef, kernels, T, params, other, v, x):
-    return _sequence(graphdef, kernels, T, params, other, v, x)
-
-
-def _step(graphdef, other):
-    return lambda params, v, x: nnx.merge(graphdef, params, other).step(v, x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sequence(graphdef, kernels, T, params, other, v, x):
-    """The membranes after currents x [T, ...], or x [1, ...] for T timesteps, and the spikes; v is None at rest."""
-    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
-
-    def scan(params, v, x):
-        begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
-        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
-
-    def kernel(params, v, x):
-        v = _or_zero(net.v_reset) if v is None else v
-        return kernels.last(step, T, params, v, x), kernels.spikes(step, T, params, v, x)
-
-    if kernels is None or not kernels.fits(step, T, params, v, x):
-        return scan(params, v, x)
-    return lax.platform_dependent(params, v, x, cuda=kernel, default=scan)
-
-
-def _zeros(symbolic, x):
-    return vary_alike(jnp.zeros(symbolic.aval.shape, symbolic.aval.dtype), x)[0]
-
-
-def _rest(neuron, x):
-    return vary_alike(neuron.rest(x), x)[0]
-
-
-def _rows(x, T):
-    """What a scan over T timesteps goes through, and what makes a timestep's current of it; one that stays is not."""
-    return (x, lambda row: row) if len(x) == T else (None, lambda row: x[0])
-
-
-def _sequence_forward(graphdef, kernels, T, *primals):
-    params, other, v, x = jax.tree.map(lambda primal: primal.value, primals)
-    # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
-    return _sequence(graphdef, kernels, T, params, other, v, x), (params, other, v, x)
-
-
-def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
-    params, other, v, x = residuals
-    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
-    v_bar, s_bar = cotangents
-    v_bar = None if isinstance(v_bar, SymbolicZero) else v_bar
-    s_bar = jax.tree.map(lambda bar: _zeros(bar, x) if isinstance(bar, SymbolicZero) else bar, s_bar)
-
-    def scan(params, v, x, v_bar, s_bar):
-        begin = _rest(net, x) if v is None else v
-        v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
-        rows, current = _rows(x, T)
-        _, v_before = _scan(lambda v, row: (step(params, v, current(row))[0], v), begin, rows, T)
-
-        def backward_step(carry, inputs):
-            v_bar, *totals = carry
-            v, row, s_bar = inputs
-            step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, current(row))[1]((v_bar, s_bar))
-            terms = (step_params_bar, x_bar if rows is None else None)
-            return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
-
-        total = None if rows is not None else vary_alike(jnp.zeros(x.shape[1:], begin.dtype), x)[0]
-        carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
-        (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
-        return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
-
-    def kernel(params, v, x, v_bar, s_bar):
-        return kernels.gradient(step, T, params, _or_zero(net.v_reset) if v is None else v, x, v_bar, s_bar)
-
-    compute = scan
-    if kernels is not None and kernels.fits(step, T, params, v, x):
-        compute = _kernel_once(kernel, scan)
-    params_bar, v_bar, x_bar = compute(params, v, x, v_bar, s_bar)
-    return params_bar, None, v_bar, x_bar
-
-
-def _kernel_once(kernel, scan):
-    """On NVIDIA GPUs a kernel, which JAX cannot differentiate, with the derivative of the scan that it equals."""
-
-    @jax.custom_jvp
-    def compute(*arguments):
-        return lax.platform_dependent(*arguments, cuda=kernel, default=scan)
-
-    @compute.defjvp
-    def derivative(primals, tangents):
-        return jax.jvp(scan, primals, tangents)
-
-    return compute
-
-
-# With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
-_sequence.defvjp(_sequence_forward, _sequence_backward, symbolic_zeros=True)
 
 
 class IF(Neuron):
@@ -296,7 +158,7 @@ _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
 def _leaky(v, x, v_reset, k):
-    return v + (x - (v - _or_zero(v_reset))) * k
+    return v + (x - (v - at_rest(v_reset))) * k
 
 
 class LIF(Neuron):

@@ -20,7 +20,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-from plif_jax import neurons
+from plif_jax import sequence
 from plif_jax.config import Config
 
 # Shapes that differ in their number of axes are a mistake more often than a wish.
@@ -55,7 +55,7 @@ def back_to_float32():
 @pytest.fixture
 def rolled(monkeypatch):
     """Many unrolled timesteps compile slowly, and give the same numbers."""
-    monkeypatch.setattr(neurons, "MAX_UNROLL", 1)
+    monkeypatch.setattr(sequence, "MAX_UNROLL", 1)
 
 
 @pytest.fixture(scope="session")

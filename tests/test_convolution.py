@@ -32,6 +32,26 @@ def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
         np.testing.assert_allclose(ours, xlas, atol=1e-13 * np.abs(xlas).max())
 
 
+# A frame's two channels, which are 18 values to a patch; an image's; odd sizes.
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 9, 7, 2, 33), (3, 8, 8, 3, 16), (2, 6, 6, 1, 8)])
+def test_on_a_gpu_few_channels_are_products_of_patches(shape, dtype, x64, monkeypatch):
+    x, kernel, g = operands(*shape, dtype)
+
+    def found(convolve):
+        y, pull = jax.vjp(convolve, x, kernel)
+        return y, *pull(g)
+
+    expected = found(direct)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args))
+    for ours, xlas in zip(found(convolution.conv3x3), expected, strict=True):
+        assert ours.dtype == dtype
+        ours, xlas = (np.asarray(array, float) for array in (ours, xlas))
+        np.testing.assert_allclose(ours, xlas, atol=(1e-13 if dtype == jnp.float64 else 0.01) * np.abs(xlas).max())
+    y = jax.make_jaxpr(convolution.conv3x3)(x, kernel)
+    assert "conv_general_dilated" not in str(y)
+
+
 def test_rounding_in_float32_stays_near_that_of_the_direct_form(x64):
     x, kernel, _ = operands(8, 14, 14, 128, 128)
     exact = direct(x, kernel)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from plif_jax import networks, neuron_kernel, neurons, surrogate
+from plif_jax import networks, neuron_kernel, neurons, sequence, surrogate
 from plif_jax.config import Config
 from plif_jax.interop import export
 from plif_jax.training import state, step
@@ -30,9 +30,9 @@ def kernels(monkeypatch):
     whether = neuron_kernel.fits
     monkeypatch.setattr(neuron_kernel, "fits", fits)
     monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(neurons, "_kernels", lambda: neuron_kernel)
+    monkeypatch.setattr(neurons, "kernels", lambda: neuron_kernel)
     monkeypatch.setattr(
-        neurons.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
+        sequence.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
     )
     yield fitted
     jax.clear_caches()  # what was traced with them
@@ -76,7 +76,7 @@ def test_a_kernel_gives_what_the_scan_gives(name, T, N, begun, last_bar, dtype, 
     found = run(*arguments)
     assert kernels and all(kernels)
     with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "_kernels", lambda: None)
+        scanning.setattr(neurons, "kernels", lambda: None)
         expected = run(*arguments)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
@@ -102,7 +102,7 @@ def test_a_training_step_runs_on_kernels(kernels):
     (now, metrics) = train()
     assert len(kernels) >= 2 * len(state.network(config).named_neurons()) and all(kernels)
     with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "_kernels", lambda: None)
+        scanning.setattr(neurons, "kernels", lambda: None)
         (expected, expected_metrics) = train()
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
     # Adam's first step is lr * sign(gradient), so the moments say more than the weights.
@@ -122,7 +122,7 @@ def test_a_gradient_has_a_gradient_and_maps_over_samples(kernels):
     interpreted = found()
     assert all(kernels) and kernels
     with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "_kernels", lambda: None)
+        scanning.setattr(neurons, "kernels", lambda: None)
         np.testing.assert_allclose(interpreted, found(), rtol=1e-5)
     assert np.abs(interpreted).min() > 0
 
@@ -212,7 +212,7 @@ def test_places_beyond_the_last_neuron_have_no_gradient(kernels):
 def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
     x = currents(T, N, dtype)
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    assert neuron_kernel.fits(neurons._step(graphdef, other), len(x), params, None, x) is whether
+    assert neuron_kernel.fits(sequence._step(graphdef, other), len(x), params, None, x) is whether
     if not whether:
         np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
 
@@ -235,7 +235,7 @@ def test_every_surrogate_fits_but_one(kind, learnable):
     """Triton has no erfc, of which the derivative of Erf for alpha is made."""
     neuron = neurons.PLIF(surrogate=kind(learnable=learnable))
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
-    whether = neuron_kernel.fits(neurons._step(graphdef, other), 4, params, None, currents(4, 7))
+    whether = neuron_kernel.fits(sequence._step(graphdef, other), 4, params, None, currents(4, 7))
     assert whether is not (kind is surrogate.Erf and learnable)
 
 
@@ -252,14 +252,14 @@ def gpu(monkeypatch):
 
 
 def test_kernels_are_for_gpus_that_triton_knows(gpu):
-    assert neurons._kernels() is neuron_kernel
-    with neurons.scanned():
-        assert neurons._kernels() is None
+    assert sequence.kernels() is neuron_kernel
+    with sequence.scanned():
+        assert sequence.kernels() is None
     for unknown in ("7.5", "gfx90a"):
         gpu.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability=unknown)])  # noqa: B023
-        assert neurons._kernels() is None
+        assert sequence.kernels() is None
     gpu.undo()
-    assert jax.default_backend() != "cpu" or neurons._kernels() is None
+    assert jax.default_backend() != "cpu" or sequence.kernels() is None
 
 
 def test_what_is_exported_holds_no_kernel(gpu):
@@ -291,4 +291,4 @@ def test_kernels_lower_for_a_gpu(neuron, dtype, gpu):
 def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
     monkeypatch.delattr("plif_jax.neuron_kernel")
-    assert neurons._kernels() is None
+    assert sequence.kernels() is None

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from reference import cases
 
-from plif_jax import neurons, surrogate
+from plif_jax import neurons, sequence, surrogate
 from plif_jax.errors import UserError
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "neurons.npz")
@@ -149,7 +149,7 @@ def test_three_ways_to_unroll_agree_in_value_and_every_gradient(make, x64):
 
 
 def test_the_fast_gradient_holds_past_the_longest_unrolled_stretch(x64, monkeypatch):
-    monkeypatch.setattr(neurons, "MAX_UNROLL", 2)
+    monkeypatch.setattr(sequence, "MAX_UNROLL", 2)
     neuron, x = neurons.PLIF(surrogate=surrogate.ATan(learnable=True)), currents(N=3)
     fast, autodiff = (
         jax.jit(nnx.grad(lambda neuron, x, run=run: (run(neuron, None, x)[1] ** 2).sum(), argnums=(0, 1)))(neuron, x)

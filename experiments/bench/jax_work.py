@@ -67,22 +67,35 @@ def _currents(spec):
 
 
 def _neuron(spec):
-    x, g = _currents(spec)
     graphdef, params = nnx.split(neurons.PLIF())
 
-    @jax.jit
-    def forward_backward(params, x, g):
+    def forward_backward(x, g):
         spikes, backward = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
-        return spikes, backward(g)
+        return spikes, *backward(g)
 
-    return _calls(spec, lambda: forward_backward(params, x, g)), _facts()
+    return _with_gradient(spec, forward_backward), _facts()
 
 
 def _copy(spec):
     """The bytes that a neuron must move: x read, spikes written; x and gradient read, gradient written."""
+    forward = jax.jit(lambda x: x + 1)  # a program of its own: in one with the other x would be read once for both
+    backward = _with_gradient(spec, lambda x, g: (x + g,), before=forward)
+    return backward, _facts(bytes=5 * 4 * spec["T"] * spec["N"])
+
+
+def _with_gradient(spec, f, before=lambda x: ()):
+    """Calls of f on currents and gradient. On a GPU f takes the gradient for its own, as in a network it may."""
     x, g = _currents(spec)
-    copy = jax.jit(lambda x, g: (x + 1, x + g))
-    return _calls(spec, lambda: copy(x, g)), _facts(bytes=5 * x.nbytes)
+    own = jax.default_backend() == "gpu"
+    f = jax.jit(f, donate_argnums=1 if own else ())
+
+    def call():
+        nonlocal g
+        found = before(x), f(x, g)
+        g = found[1][-1] if own else g
+        return found
+
+    return _calls(spec, call)
 
 
 def _matmul(spec):

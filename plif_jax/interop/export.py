@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plif_jax import neurons
+from plif_jax import sequence
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
 
@@ -44,7 +44,7 @@ def to_exported(net, batch_size=None):
     B = jax.export.symbolic_shape("batch")[0] if batch_size is None else batch_size
     shape = (B, *net.shape) if net.static_conv else (net.T, B, *net.shape)
     x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    with neurons.scanned():  # a GPU's kernels are not for other versions of JAX
+    with sequence.scanned():  # a GPU's kernels are not for other versions of JAX
         return jax.export.export(jax.jit(lambda x: nnx.merge(graphdef, state)(x)), platforms=PLATFORMS)(x)
 
 

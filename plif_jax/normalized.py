@@ -1,0 +1,57 @@
+"""A neuron after batch normalisation: on a GPU one kernel each way, and the normalised currents are never written."""
+
+from functools import partial
+
+import jax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from plif_jax import layers
+from plif_jax.mapped import vary_alike
+from plif_jax.sequence import fits, instantiated, sequence, sequence_gradient
+
+
+def unroll(norm, neuron, v, x, *, T=None):
+    """`neuron.unroll(v, norm(x), T=T)`."""
+    if norm.use_running_average or norm.dtype not in (None, x.dtype):
+        return neuron.unroll(v, norm(x), T=T)
+    graphdef, kernels, T, *primals = neuron.prepared(v, x, T)
+    if not fits(graphdef, kernels, T, *primals):
+        return neuron.unroll(v, norm(x), T=T)
+    along_C = (1,) * (x.ndim - 1) + (-1,)
+    scale, bias = norm.scale[...].reshape(along_C), norm.bias[...].reshape(along_C)
+    primals = vary_alike(*primals, scale, bias)
+    v, spikes, mean, var = _unroll(norm.eps, norm.axis_name, graphdef, kernels, T, *primals)
+    norm.track(x, *lax.stop_gradient((mean, var)))
+    return v, spikes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _unroll(eps, axis_name, graphdef, kernels, T, params, other, v, x, scale, bias):
+    """Membranes and spikes of `sequence` on x normalised, and the statistics [T, 1, ..., C] of x."""
+    mean, var = layers.statistics(x, axis_name)
+    affine = mean, scale * lax.rsqrt(var + eps), bias
+    return *sequence(graphdef, kernels, T, params, other, v, x, affine), mean, var
+
+
+def _forward(eps, axis_name, graphdef, kernels, T, *primals):
+    params, other, v, x, scale, bias = jax.tree.map(lambda primal: primal.value, primals)
+    found = _unroll(eps, axis_name, graphdef, kernels, T, params, other, v, x, scale, bias)
+    mean, var = found[2:]
+    return found, (params, other, v, x, scale, bias, mean, lax.rsqrt(var + eps))
+
+
+def _backward(eps, axis_name, graphdef, kernels, T, residuals, cotangents):
+    params, other, v, x, scale, bias, mean, inverse = residuals
+    *of_sequence, of_mean, of_var = cotangents
+    affine = mean, scale * inverse, bias
+    params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, params, other, v, x, *of_sequence, affine)
+    x_bar, scale_bar, bias_bar = layers.normalize_gradient(axis_name, x, scale, bias, mean, inverse, g)
+    if not (isinstance(of_mean, SymbolicZero) and isinstance(of_var, SymbolicZero)):  # in a gradient's gradient
+        _, pull = jax.vjp(lambda x: layers.statistics(x, axis_name), x)
+        x_bar += pull(tuple(instantiated([of_mean, of_var], x)))[0]
+    return params_bar, None, v_bar, x_bar, scale_bar, bias_bar
+
+
+# With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
+_unroll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,188 @@
+"""A neuron's steps over time, forward and backward: a scan, or on NVIDIA GPUs a kernel each way.
+
+The gradient is written by hand around the whole sequence: it keeps the currents alone and runs the membranes again.
+"""
+
+import contextlib
+from contextvars import ContextVar
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from plif_jax.mapped import vary_alike
+
+# Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
+# the steps is slower than none: each part's inputs are copied.
+MAX_UNROLL = 32
+
+
+def _scan(step, carry, xs, T, **kwargs):
+    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
+
+
+_scanning = ContextVar("scanning", default=False)
+
+
+@contextlib.contextmanager
+def scanned():
+    """What is traced within it scans on a GPU too: for programs that are to run elsewhere, and for comparison."""
+    token = _scanning.set(True)
+    try:
+        yield
+    finally:
+        _scanning.reset(token)
+
+
+def kernels():
+    """The module of a GPU's kernels; None without a GPU that Triton knows, or once JAX has dropped Pallas' Triton."""
+    if _scanning.get() or jax.default_backend() != "gpu":
+        return None
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if not capability[:1].isdecimal() or float(capability) < 8:  # before Ampere, or not NVIDIA's
+        return None
+    try:
+        from plif_jax import neuron_kernel
+    except ImportError:
+        return None
+    return neuron_kernel
+
+
+def at_rest(v_reset):
+    """The potential at rest: v_reset, or 0 with soft reset."""
+    return 0.0 if v_reset is None else v_reset
+
+
+def _step(graphdef, other):
+    return lambda params, v, x: nnx.merge(graphdef, params, other).step(v, x)
+
+
+def fits(graphdef, kernels, T, params, other, v, x):
+    """Whether a sequence runs as a GPU's kernels."""
+    return kernels is not None and kernels.fits(_step(graphdef, other), T, params, v, x)
+
+
+def sequence(graphdef, kernels, T, params, other, v, x, affine=None):
+    """The membranes after currents x [T, ...], or x [1, ...] for T timesteps, and the spikes; v is None at rest.
+
+    With `affine`, (mean, gain, bias), the currents are (x - mean) gain + bias.
+    """
+    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
+
+    def scan(params, v, x, affine):
+        x = _currents_of(x, affine)
+        begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
+        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
+
+    def kernel(params, v, x, affine):
+        v = at_rest(net.v_reset) if v is None else v
+        return kernels.last(step, T, params, v, x, affine), kernels.spikes(step, T, params, v, x, affine)
+
+    if not fits(graphdef, kernels, T, params, other, v, x):
+        return scan(params, v, x, affine)
+    return lax.platform_dependent(params, v, x, affine, cuda=kernel, default=scan)
+
+
+def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, affine=None):
+    """(params_bar, v_bar, x_bar) of `sequence`, from the gradients of its results, which may be symbolic zeros.
+
+    x_bar is that of the currents, also where `affine` makes them.
+    """
+    net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
+    v_bar = None if isinstance(v_bar, SymbolicZero) else v_bar
+    s_bar = instantiated(s_bar, x)
+
+    def scan(params, v, x, affine, v_bar, s_bar):
+        x = _currents_of(x, affine)
+        begin = _rest(net, x) if v is None else v
+        v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
+        rows, current = _rows(x, T)
+        _, v_before = _scan(lambda v, row: (step(params, v, current(row))[0], v), begin, rows, T)
+
+        def backward_step(carry, inputs):
+            v_bar, *totals = carry
+            v, row, s_bar = inputs
+            step_params_bar, v_bar, x_bar = jax.vjp(step, params, v, current(row))[1]((v_bar, s_bar))
+            terms = (step_params_bar, x_bar if rows is None else None)
+            return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
+
+        total = None if rows is not None else vary_alike(jnp.zeros(x.shape[1:], begin.dtype), x)[0]
+        carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
+        (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
+        return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
+
+    def kernel(params, v, x, affine, v_bar, s_bar):
+        v = at_rest(net.v_reset) if v is None else v
+        return kernels.gradient(step, T, params, v, x, v_bar, s_bar, affine)
+
+    compute = _kernel_once(kernel, scan) if fits(graphdef, kernels, T, params, other, v, x) else scan
+    return compute(params, v, x, affine, v_bar, s_bar)
+
+
+def _currents_of(x, affine):
+    if affine is None:
+        return x
+    mean, gain, bias = affine
+    return ((x.astype(mean.dtype) - mean) * gain + bias).astype(x.dtype)
+
+
+def instantiated(bars, x):
+    """Gradients in numbers, varying as x does: zeros where they are symbolic ones."""
+
+    def zeros(aval):
+        return vary_alike(jnp.zeros(aval.shape, aval.dtype), x)[0]
+
+    return jax.tree.map(lambda bar: zeros(bar.aval) if isinstance(bar, SymbolicZero) else bar, bars)
+
+
+def _rest(neuron, x):
+    return vary_alike(neuron.rest(x), x)[0]
+
+
+def _rows(x, T):
+    """What a scan over T timesteps goes through, and what makes a timestep's current of it; one that stays is not."""
+    return (x, lambda row: row) if len(x) == T else (None, lambda row: x[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sequence(graphdef, kernels, T, *primals):
+    return sequence(graphdef, kernels, T, *primals)
+
+
+def _sequence_forward(graphdef, kernels, T, *primals):
+    primals = jax.tree.map(lambda primal: primal.value, primals)
+    # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
+    return _sequence(graphdef, kernels, T, *primals), primals
+
+
+def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
+    params_bar, v_bar, x_bar = sequence_gradient(graphdef, kernels, T, *residuals, *cotangents)
+    return params_bar, None, v_bar, x_bar
+
+
+# With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
+_sequence.defvjp(_sequence_forward, _sequence_backward, symbolic_zeros=True)
+
+
+def _kernel_once(kernel, scan):
+    """On NVIDIA GPUs a kernel, which JAX cannot differentiate, with the gradient of the scan that it equals."""
+
+    @jax.custom_vjp
+    def compute(*arguments):
+        return lax.platform_dependent(*arguments, cuda=kernel, default=scan)
+
+    def forward(*arguments):
+        return compute(*arguments), arguments
+
+    def backward(arguments, bars):
+        return jax.vjp(scan, *arguments)[1](bars)
+
+    compute.defvjp(forward, backward)
+    return compute
+
+
+# Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
+run = jax.jit(_sequence, static_argnums=(0, 1, 2))

@@ -1,0 +1,99 @@
+"""A neuron after batch normalisation in one kernel, interpreted, against the two layers one after the other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_neuron_kernel import kernels  # noqa: F401, the fixture
+
+from plif_jax import layers, networks, neurons, normalized, surrogate
+
+
+def layers_and_currents(rows, B, size, C, dtype):
+    atan = surrogate.ATan(learnable=True)
+    norm, neuron = layers.BatchNorm(C, dtype=dtype), neurons.PLIF(v_reset=None, surrogate=atan)
+    keys = jax.random.split(jax.random.key(0), 3)
+    norm.scale[...], norm.bias[...] = jax.random.normal(keys[0], C) + 1, jax.random.normal(keys[1], C)
+    x = 3 * jax.random.normal(keys[2], (rows, B, size, size, C)) + 0.5
+    return norm, neuron, x.astype(dtype)
+
+
+def found(unroll, norm, neuron, x, T, v=None, last_bar=False):
+    """Membranes, spikes, running statistics and all gradients."""
+    graphdef, params, rest = nnx.split((norm, neuron), nnx.Param, ...)
+
+    def run(params, x, v):
+        norm, neuron = nnx.merge(graphdef, params, rest, copy=True)
+        after, s = unroll(norm, neuron, v, x, T=T)
+        return (after if last_bar else None, s), (after, norm.mean[...], norm.var[...])
+
+    (kept, s), vjp, more = jax.vjp(run, params, x, v, has_aux=True)
+    s_bar = jax.random.normal(jax.random.key(1), s.shape).astype(s.dtype)
+    return s, more, vjp((None if kept is None else jnp.ones_like(kept), s_bar))
+
+
+def one_after_the_other(norm, neuron, v, x, T):
+    return neuron.unroll(v, norm(x), T=T)
+
+
+# 700 neurons are more than a block, of which one of 5 channels is no multiple; a current that stays; membranes begun.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "rows, T, C, begun, last_bar", [(3, 3, 5, False, False), (1, 3, 32, False, False), (2, 2, 256, True, True)]
+)
+def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, dtype, kernels):  # noqa: F811
+    norm, neuron, x = layers_and_currents(rows, 7, 4, C, dtype)
+    v = jax.random.normal(jax.random.key(2), x.shape[1:]) if begun else None
+    ours = found(normalized.unroll, norm, neuron, x, T, v, last_bar)
+    assert kernels and all(kernels)
+    with pytest.MonkeyPatch.context() as scanning:
+        scanning.setattr(neurons, "kernels", lambda: None)
+        expected = found(one_after_the_other, norm, neuron, x, T, v, last_bar)
+    tolerance = 2e-5 if dtype == jnp.float32 else 3e-2
+
+    def check(array, wanted):
+        assert array.dtype == wanted.dtype
+        array, wanted = np.asarray(array, np.float32), np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(array, wanted, rtol=tolerance, atol=tolerance * max(1, np.abs(wanted).max()))
+
+    jax.tree.map(check, ours, expected)
+
+
+def test_its_gradient_has_a_gradient(kernels):  # noqa: F811
+    """Through the statistics too."""
+    norm, _, x = layers_and_currents(2, 3, 2, 4, jnp.float32)
+    neuron = neurons.PLIF()
+    weights = jnp.arange(2.0)[:, None, None, None, None]
+
+    def penalty(unroll, x):
+        def loss(x):
+            return (weights * unroll(nnx.clone(norm), neuron, None, x, T=2)[1]).sum()
+
+        return jnp.square(jax.grad(loss)(x)).sum()
+
+    ours = jax.grad(partial(penalty, normalized.unroll))(x)
+    assert kernels and all(kernels)
+    with pytest.MonkeyPatch.context() as scanning:
+        scanning.setattr(neurons, "kernels", lambda: None)
+        expected = jax.grad(partial(penalty, one_after_the_other))(x)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_network_in_training_mode_writes_no_normalised_currents(kernels, monkeypatch):  # noqa: F811
+    """In evaluation mode, and for those who look inside, the layers run one after the other."""
+    called, whole = [], normalized._unroll
+    monkeypatch.setattr(normalized, "_unroll", lambda *args: called.append(1) or whole(*args))
+    net = networks.NETWORKS["MNIST"](T=2, rngs=nnx.Rngs(0))
+    x, key = jax.random.uniform(jax.random.key(0), (2, *net.shape)), jax.random.key(1)
+    graphdef, state = nnx.split(net)
+    rates = nnx.merge(graphdef, state, copy=True)(x, rngs=key)
+    assert len(called) == 2
+    inside = nnx.merge(graphdef, state, copy=True)(x, rngs=key, observe=lambda *_: None)
+    net.eval()
+    net(x)
+    assert len(called) == 2
+    np.testing.assert_allclose(rates, inside, atol=1e-6)
