@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from bench.limits import multiply_adds
 from bench.recordings import recording
@@ -73,29 +74,31 @@ def _neuron(spec):
         spikes, backward = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
         return spikes, *backward(g)
 
-    return _with_gradient(spec, forward_backward), _facts()
+    return _chained(spec, forward_backward, (params,)), _facts()
 
 
 def _copy(spec):
     """The bytes that a neuron must move: x read, spikes written; x and gradient read, gradient written."""
-    forward = jax.jit(lambda x: x + 1)  # a program of its own: in one with the other x would be read once for both
-    backward = _with_gradient(spec, lambda x, g: (x + g,), before=forward)
-    return backward, _facts(bytes=5 * 4 * spec["T"] * spec["N"])
+
+    def copy(x, g):
+        spikes, x = lax.optimization_barrier((x + 1, x))  # or x would be read once for both
+        return spikes, x + g
+
+    return _chained(spec, copy), _facts(bytes=5 * 4 * spec["T"] * spec["N"])
 
 
-def _with_gradient(spec, f, before=lambda x: ()):
-    """Calls of f on currents and gradient. On a GPU f takes the gradient for its own, as in a network it may."""
+def _chained(spec, f, others=()):
+    """As many calls of f as a run is told to make, (x, g) -> (spikes, *others, g), each with the g of the one before.
+
+    In one program, so that a gradient is a value within it, as in a network, which a kernel may write over.
+    """
     x, g = _currents(spec)
-    own = jax.default_backend() == "gpu"
-    f = jax.jit(f, donate_argnums=1 if own else ())
 
-    def call():
-        nonlocal g
-        found = before(x), f(x, g)
-        g = found[1][-1] if own else g
-        return found
+    @jax.jit
+    def calls(x, g):
+        return lax.fori_loop(0, spec["calls"], lambda _, found: f(x, found[-1]), (jnp.zeros_like(x), *others, g))
 
-    return _calls(spec, call)
+    return lambda: jax.block_until_ready(calls(x, g))
 
 
 def _matmul(spec):
