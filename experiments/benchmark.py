@@ -31,7 +31,7 @@ RECORDINGS = (
 )
 
 
-BACKENDS, PRECISIONS = ("torch", "cuda", "triton"), ("float32", "bfloat16")
+BACKENDS, PRECISIONS = ("auto", "torch", "cuda", "triton"), ("float32", "bfloat16")
 
 
 def _names(*allowed):

@@ -83,9 +83,9 @@ class Neuron(nnx.Module):
         Raises:
           UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
-        return run(*self.prepared(v, x, T))
+        return run(*self._prepared(v, x, T))
 
-    def prepared(self, v, x, T=None):
+    def _prepared(self, v, x, T=None):
         """What `sequence` takes, from what `unroll` is given; raises what that raises."""
         x = _currents(x)
         if T is not None and (not isinstance(T, int | np.integer) or T < 0):

@@ -15,7 +15,7 @@ def unroll(norm, neuron, v, x, *, T=None):
     """`neuron.unroll(v, norm(x), T=T)`."""
     if norm.use_running_average or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), T=T)
-    graphdef, kernels, T, *primals = neuron.prepared(v, x, T)
+    graphdef, kernels, T, *primals = neuron._prepared(v, x, T)
     if not fits(graphdef, kernels, T, *primals):
         return neuron.unroll(v, norm(x), T=T)
     along_C = (1,) * (x.ndim - 1) + (-1,)
