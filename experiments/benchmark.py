@@ -31,7 +31,8 @@ RECORDINGS = (
 )
 
 
-BACKENDS, PRECISIONS = ("auto", "torch", "cuda", "triton"), ("float32", "bfloat16")
+BACKENDS, MODES = ("auto", "torch", "cuda", "triton"), ("multi-step", "single-step")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def _names(*allowed):
@@ -69,6 +70,9 @@ def parser():
     flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
     flags.add_argument(
         "-backends", type=_names(*BACKENDS), default=BACKENDS, help="of SpikingJelly's neuron, on a GPU (default all)"
+    )
+    flags.add_argument(
+        "-modes", type=_names(*MODES), default=MODES, help="of SpikingJelly in train, infer (default both)"
     )
     flags.add_argument(
         "-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png, which each call replaces"
@@ -123,7 +127,7 @@ def main(argv=None):
         print(report.line(row), flush=True)
 
     bench = suites.Bench(sys.executable, asked.peer_python, asked.rounds, asked.limit, gpu, asked.backends, say)
-    rates = {"names": networks, "batches": asked.batch_sizes, "precisions": asked.precisions}
+    rates = {"names": networks, "batches": asked.batch_sizes, "precisions": asked.precisions, "modes": asked.modes}
     calls = {
         "neuron": lambda: suites.neuron(bench, Ts=asked.timesteps, N=asked.neurons or 1_605_632 * (4 if gpu else 1)),
         "train": lambda: suites.train(bench, **rates),

@@ -167,7 +167,7 @@ def _call(kernel, T, params, v, affine, arrays, results, sums=0, places=()):
     scalars, x = jax.tree.leaves(params), arrays[0]
     N, block = x[0].size, _block(T)
     blocks = pl.cdiv(N, block)
-    tables, C = [table.reshape(-1) for table in affine or ()], x.shape[-1]
+    tables, C = [table.reshape(-1).astype(jnp.float32) for table in affine or ()], x.shape[-1]
     # A number for all membranes is part of the program: nothing is read for it.
     before = len(scalars) + len(tables) + (1 if jnp.ndim(v) else 0)
     arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]

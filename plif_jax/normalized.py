@@ -8,12 +8,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import layers
 from plif_jax.mapped import vary_alike
+from plif_jax.neurons import Neuron
 from plif_jax.sequence import fits, instantiated, sequence, sequence_gradient
 
 
 def unroll(norm, neuron, v, x, *, T=None):
     """`neuron.unroll(v, norm(x), T=T)`."""
-    if norm.use_running_average or norm.dtype not in (None, x.dtype):
+    ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
+    if not ours or norm.use_running_average or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), T=T)
     graphdef, kernels, T, *primals = neuron._prepared(v, x, T)
     if not fits(graphdef, kernels, T, *primals):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from plif_jax import cli
@@ -170,6 +171,22 @@ def test_our_side_of_each_comparison_runs(kind, more, found, monkeypatch, tmp_pa
     assert kind != "memory" or facts["peak_bytes"] > 10_000
     if kind == "epoch":
         run.close()
+
+
+def test_only_the_modes_asked_for_are_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(suites, "_measured", lambda bench, case, ours, theirs, alone: asked.extend(theirs) or [])
+    bench = suites.Bench("python", "python", 1, 1, False, [], print)
+    suites.train(bench, names=["Digits"], batches=[2], precisions=["float32"], modes=["single-step"])
+    assert asked == ["SpikingJelly single-step"]
+
+
+def test_each_call_of_a_neuron_takes_the_gradient_of_the_one_before():
+    spec = {"T": 2, "N": 3, "calls": 4}
+    x, g = jax_work._currents(spec)
+    ones, last = jax_work._chained(spec, lambda x, g: (x + 1, 2 * g))()
+    np.testing.assert_array_equal(ones, x + 1)
+    np.testing.assert_array_equal(last, 16 * g)
 
 
 def _run(tmp_path, *argv):

@@ -18,6 +18,15 @@ def randn(seed, *shape):
 # Batch normalisation
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def platform(request, monkeypatch):
+    """What is arranged for a platform, on this one."""
+    if request.param == "cuda":
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
+        )
+
+
 def batch_norm_step_by_step(x_TBHWC, scale, bias, mean, var, momentum=0.1, eps=1e-5):
     """PyTorch's BatchNorm2d in training mode, called once per timestep, in NumPy."""
     out = []
@@ -39,7 +48,7 @@ def batch_norm(C=3, **settings):
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5, 3), (6, 2, 4, 5, 3), (4, 7, 3)])
 @pytest.mark.parametrize("momentum", [0.1, 0.4])
-def test_batch_norm_is_one_call_per_timestep(shape, momentum, x64):
+def test_batch_norm_is_one_call_per_timestep(shape, momentum, x64, platform):
     norm, x = batch_norm(momentum=momentum), 2 * randn(5, *shape) + 1
     parts = [np.asarray(part[...]) for part in (norm.scale, norm.bias, norm.mean, norm.var)]
     y, mean, var = batch_norm_step_by_step(x, *parts, momentum=momentum)
@@ -48,7 +57,7 @@ def test_batch_norm_is_one_call_per_timestep(shape, momentum, x64):
     np.testing.assert_allclose(norm.var[...], var, rtol=1e-12)
 
 
-def test_batch_norm_gradient_goes_through_the_statistics(x64):
+def test_batch_norm_gradient_goes_through_the_statistics(x64, platform):
     """Against central differences of the step-by-step form, for x, scale and bias."""
     norm = batch_norm()
     parts = [np.asarray(part[...]) for part in (norm.scale, norm.bias, norm.mean, norm.var)]
@@ -82,7 +91,7 @@ def test_batch_norm_evaluates_with_its_running_statistics(x64):
     np.testing.assert_array_equal(norm.var[...], var)
 
 
-def test_batch_norm_over_two_devices_is_that_of_the_whole_batch(x64):
+def test_batch_norm_over_two_devices_is_that_of_the_whole_batch(x64, platform):
     x = jnp.asarray(randn(5, 3, 4, 2, 2, 3))
     whole = batch_norm()
     y = whole(x)
@@ -99,7 +108,7 @@ def test_batch_norm_over_two_devices_is_that_of_the_whole_batch(x64):
     np.testing.assert_allclose(var, whole.var[...], rtol=1e-12)
 
 
-def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16():
+def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16(platform):
     """A mean of 100 and a deviation of 0.1: in bfloat16 every value would be the same."""
     x = 100 + 0.1 * randn(5, 2, 64, 3)
     norm = layers.BatchNorm(3, dtype=jnp.bfloat16)
@@ -109,7 +118,7 @@ def test_batch_norm_keeps_its_statistics_in_float32_under_bfloat16():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 4, 3), (5, 0, 4, 4, 3)])
-def test_batch_norm_of_no_timestep_or_sample_leaves_the_statistics_alone(shape):
+def test_batch_norm_of_no_timestep_or_sample_leaves_the_statistics_alone(shape, platform):
     norm = batch_norm()
     mean, var = norm.mean[...], norm.var[...]
     assert norm(jnp.zeros(shape)).shape == shape

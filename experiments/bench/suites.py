@@ -97,17 +97,16 @@ def network(name):
     return {"name": name, "channels": facts.channels, "number_layer": facts.number_layer, **fields}
 
 
-def _rates(bench, kind, names, batches, precisions, targets):
+def _rates(bench, kind, targets, *, names, batches, precisions, modes):
     """Samples per second of networks, against SpikingJelly's two ways, and the share of the matrix rate reached."""
     for name, batch, precision in ((n, b, p) for n in names for b in batches for p in precisions):
         case = f"{kind} {name} batch={batch} {precision}"
         spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision, "calls": bench.calls}
         matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision, "calls": bench.calls}
         ours = {"ours": bench.ours(spec), "matrix product": bench.ours(matmul)}
-        theirs = {
-            **bench.spikingjelly(spec | {"mode": "m"}, " multi-step"),
-            **bench.spikingjelly(spec | {"mode": "s"}, " single-step"),
-        }
+        theirs = {}
+        for mode in modes:
+            theirs |= bench.spikingjelly(spec | {"mode": mode[0]}, f" {mode}")
         goals = targets(name, batch, precision) if precision == "float32" or bench.gpu else {}
         share_told = False
         for seconds, facts in _measured(bench, case, ours, theirs, alone=batch == "largest"):
@@ -157,8 +156,8 @@ def _tell_share(bench, case, seconds, facts, target):
     bench.tell(row(case, per_sample, "ours", "matrix product", target=target, **rates))
 
 
-def train(bench, *, names, batches, precisions):
-    """Training steps."""
+def train(bench, **what):
+    """Training steps of `names` networks at `batches` sizes and `precisions`, beside SpikingJelly's `modes`."""
 
     def targets(name, batch, precision):
         if bench.gpu and batch == 16:
@@ -169,12 +168,12 @@ def train(bench, *, names, batches, precisions):
         # On a CPU the MNIST network alone has targets: the larger ones are one convolution after another.
         return {"multi-step": Target(1.6), "single-step": Target(2.5)} if name in ("MNIST", "FashionMNIST") else {}
 
-    _rates(bench, "train", names, batches, precisions, targets)
+    _rates(bench, "train", targets, **what)
 
 
-def infer(bench, *, names, batches, precisions):
-    """Forward passes in evaluation mode."""
-    _rates(bench, "infer", names, batches, precisions, lambda *_: {"multi-step": Target(1.6)})
+def infer(bench, **what):
+    """Forward passes in evaluation mode, as `train`."""
+    _rates(bench, "infer", lambda *_: {"multi-step": Target(1.6)}, **what)
 
 
 def frames(bench, *, recordings):
