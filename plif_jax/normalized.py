@@ -9,23 +9,47 @@ from jax.custom_derivatives import SymbolicZero
 from plif_jax import layers
 from plif_jax.mapped import vary_alike
 from plif_jax.neurons import Neuron
-from plif_jax.sequence import fits, instantiated, sequence, sequence_gradient
+from plif_jax.sequence import currents, fits, instantiated, sequence, sequence_gradient
 
 
 def unroll(norm, neuron, v, x, *, T=None):
     """`neuron.unroll(v, norm(x), T=T)`."""
     ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
-    if not ours or norm.use_running_average or norm.dtype not in (None, x.dtype):
+    if not ours or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), T=T)
     graphdef, kernels, T, *primals = neuron._prepared(v, x, T)
     if not fits(graphdef, kernels, T, *primals):
         return neuron.unroll(v, norm(x), T=T)
-    along_C = (1,) * (x.ndim - 1) + (-1,)
-    scale, bias = norm.scale[...].reshape(along_C), norm.bias[...].reshape(along_C)
+    scale, bias, mean, var = (
+        variable[...].reshape((1,) * (x.ndim - 1) + (-1,)) for variable in (norm.scale, norm.bias, norm.mean, norm.var)
+    )
+    if norm.use_running_average:
+        affine = mean, scale * lax.rsqrt(var + norm.eps), bias
+        return _unroll_by_tables(graphdef, kernels, T, *vary_alike(*primals, affine))
     primals = vary_alike(*primals, scale, bias)
     v, spikes, mean, var = _unroll(norm.eps, norm.axis_name, graphdef, kernels, T, *primals)
     norm.track(x, *lax.stop_gradient((mean, var)))
     return v, spikes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _unroll_by_tables(graphdef, kernels, T, *primals):
+    """`sequence` as it is; what differs is that its tables have a gradient."""
+    return sequence(graphdef, kernels, T, *primals)
+
+
+def _by_tables_forward(graphdef, kernels, T, *primals):
+    primals = jax.tree.map(lambda primal: primal.value, primals)
+    return _unroll_by_tables(graphdef, kernels, T, *primals), primals
+
+
+def _by_tables_backward(graphdef, kernels, T, primals, cotangents):
+    *to_current, affine = primals
+    params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, *to_current, *cotangents, affine)
+    return params_bar, None, v_bar, *jax.vjp(currents, to_current[-1], affine)[1](g)
+
+
+_unroll_by_tables.defvjp(_by_tables_forward, _by_tables_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))

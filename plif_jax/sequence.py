@@ -73,7 +73,7 @@ def sequence(graphdef, kernels, T, params, other, v, x, affine=None):
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x, affine):
-        x = _currents_of(x, affine)
+        x = currents(x, affine)
         begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
         return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
 
@@ -96,7 +96,7 @@ def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, a
     s_bar = instantiated(s_bar, x)
 
     def scan(params, v, x, affine, v_bar, s_bar):
-        x = _currents_of(x, affine)
+        x = currents(x, affine)
         begin = _rest(net, x) if v is None else v
         v_bar = jnp.zeros_like(begin) if v_bar is None else v_bar
         rows, current = _rows(x, T)
@@ -122,7 +122,8 @@ def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, a
     return compute(params, v, x, affine, v_bar, s_bar)
 
 
-def _currents_of(x, affine):
+def currents(x, affine):
+    """The currents that `sequence` takes of x."""
     if affine is None:
         return x
     mean, gain, bias = affine

@@ -41,11 +41,14 @@ def one_after_the_other(norm, neuron, v, x, T):
 
 # 700 neurons are more than a block, of which one of 5 channels is no multiple; a current that stays; membranes begun.
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize(
     "rows, T, C, begun, last_bar", [(3, 3, 5, False, False), (1, 3, 32, False, False), (2, 2, 256, True, True)]
 )
-def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, dtype, kernels):  # noqa: F811
+def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, trains, dtype, kernels):  # noqa: F811
     norm, neuron, x = layers_and_currents(rows, 7, 4, C, dtype)
+    norm.mean[...], norm.var[...] = jnp.linspace(-1, 1, C), jnp.linspace(3, 9, C)
+    norm.use_running_average = not trains
     v = jax.random.normal(jax.random.key(2), x.shape[1:]) if begun else None
     ours = found(normalized.unroll, norm, neuron, x, T, v, last_bar)
     assert kernels and all(kernels)
@@ -83,17 +86,18 @@ def test_its_gradient_has_a_gradient(kernels):  # noqa: F811
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_network_in_training_mode_writes_no_normalised_currents(kernels, monkeypatch):  # noqa: F811
-    """In evaluation mode, and for those who look inside, the layers run one after the other."""
-    called, whole = [], normalized._unroll
-    monkeypatch.setattr(normalized, "_unroll", lambda *args: called.append(1) or whole(*args))
+def test_a_network_writes_no_normalised_currents(kernels, monkeypatch):  # noqa: F811
+    """But for those who look inside the layers run one after the other."""
+    called, whole = [], normalized.sequence
+    monkeypatch.setattr(normalized, "sequence", lambda *args: called.append(1) or whole(*args))
     net = networks.NETWORKS["MNIST"](T=2, rngs=nnx.Rngs(0))
     x, key = jax.random.uniform(jax.random.key(0), (2, *net.shape)), jax.random.key(1)
     graphdef, state = nnx.split(net)
     rates = nnx.merge(graphdef, state, copy=True)(x, rngs=key)
     assert len(called) == 2
     inside = nnx.merge(graphdef, state, copy=True)(x, rngs=key, observe=lambda *_: None)
+    assert len(called) == 2
     net.eval()
     net(x)
-    assert len(called) == 2
+    assert len(called) == 4
     np.testing.assert_allclose(rates, inside, atol=1e-6)
