@@ -134,12 +134,13 @@ def statistics(x, axis_name):
 
 def _mean(x):
     """Mean [T, 1, ..., C] over all axes but the first and the last of x [T, B, ..., C]."""
+    samples, within = (1,)[: x.ndim - 2], tuple(range(2, x.ndim - 1))
 
     def by_sample(x):  # of two means over the same array XLA then makes one pass, whatever its size
-        return x.mean(tuple(range(2, x.ndim - 1)), keepdims=True).mean(1, keepdims=True)
+        return x.mean(within, keepdims=True).mean(samples, keepdims=True)
 
     def at_once(x):
-        return x.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+        return x.mean(samples + within, keepdims=True)
 
     return lax.platform_dependent(x, cuda=by_sample, default=at_once)
 
@@ -150,7 +151,7 @@ def _normalize_backward(eps, axis_name, residuals, cotangents):
 
 def normalize_gradient(axis_name, x, scale, bias, mean, inverse, g):
     """(x_bar, scale_bar, bias_bar) of what x is normalised to, from its gradient g; see `_normalize`."""
-    centred = _wide(x) - mean
+    centred, g = _wide(x) - mean, _wide(g)
     mean_g, mean_gx = _mean(g), _mean(g * centred) * inverse
     count = math.prod(x.shape[1:-1])
     scale_bar, bias_bar = (count * s.sum(0, keepdims=True) for s in (mean_gx, mean_g))

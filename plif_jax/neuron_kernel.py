@@ -10,6 +10,8 @@ is tables (mean [T or 1, ..., C], gain [T or 1, ..., C], bias [..., C]), the cur
 are never written: batch normalisation before a neuron costs no pass over memory of its own.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,8 +184,10 @@ def _call(kernel, T, params, v, affine, arrays, results, sums=0, places=()):
         for ref, total in zip(partial_sums, kernel(values, membranes, *rows) or (), strict=True):
             ref[pl.program_id(0)] = total
 
-    shapes = [jax.ShapeDtypeStruct((count * N,), dtype) for count, dtype in results]
-    shapes += [jax.ShapeDtypeStruct((blocks,), jnp.float32)] * sums
+    # `jax.shard_map` asks along which of its axes a result differs: as x does.
+    shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type)
+    shapes = [shape_of((count * N,), dtype) for count, dtype in results]
+    shapes += [shape_of((blocks,), jnp.float32)] * sums
     call = pl.pallas_call(
         on_block,
         shapes,

@@ -15,7 +15,8 @@ from plif_jax.sequence import currents, fits, instantiated, sequence, sequence_g
 def unroll(norm, neuron, v, x, *, T=None):
     """`neuron.unroll(v, norm(x), T=T)`."""
     ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
-    if not ours or norm.dtype not in (None, x.dtype):
+    known = v is not None or type(neuron).rest is Neuron.rest  # another's rest may ask for the currents
+    if not (ours and known) or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), T=T)
     graphdef, kernels, T, *primals = neuron._prepared(v, x, T)
     if not fits(graphdef, kernels, T, *primals):
@@ -25,22 +26,22 @@ def unroll(norm, neuron, v, x, *, T=None):
     )
     if norm.use_running_average:
         affine = mean, scale * lax.rsqrt(var + norm.eps), bias
-        return _unroll_by_tables(graphdef, kernels, T, *vary_alike(*primals, affine))
+        return _run_by_tables(graphdef, kernels, T, *vary_alike(*primals, affine))
     primals = vary_alike(*primals, scale, bias)
-    v, spikes, mean, var = _unroll(norm.eps, norm.axis_name, graphdef, kernels, T, *primals)
+    v, spikes, mean, var = _run(norm.eps, norm.axis_name, graphdef, kernels, T, *primals)
     norm.track(x, *lax.stop_gradient((mean, var)))
     return v, spikes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _unroll_by_tables(graphdef, kernels, T, *primals):
-    """`sequence` as it is; what differs is that its tables have a gradient."""
+def _by_tables(graphdef, kernels, T, *primals):
+    """`sequence`, whose tables have a gradient too."""
     return sequence(graphdef, kernels, T, *primals)
 
 
 def _by_tables_forward(graphdef, kernels, T, *primals):
     primals = jax.tree.map(lambda primal: primal.value, primals)
-    return _unroll_by_tables(graphdef, kernels, T, *primals), primals
+    return _by_tables(graphdef, kernels, T, *primals), primals
 
 
 def _by_tables_backward(graphdef, kernels, T, primals, cotangents):
@@ -49,7 +50,7 @@ def _by_tables_backward(graphdef, kernels, T, primals, cotangents):
     return params_bar, None, v_bar, *jax.vjp(currents, to_current[-1], affine)[1](g)
 
 
-_unroll_by_tables.defvjp(_by_tables_forward, _by_tables_backward, symbolic_zeros=True)
+_by_tables.defvjp(_by_tables_forward, _by_tables_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -81,3 +82,8 @@ def _backward(eps, axis_name, graphdef, kernels, T, residuals, cotangents):
 
 # With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
 _unroll.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# Compiled, as `sequence.run` is.
+_run = jax.jit(_unroll, static_argnums=(0, 1, 2, 3, 4))
+_run_by_tables = jax.jit(_by_tables, static_argnums=(0, 1, 2))

@@ -91,3 +91,12 @@ def test_products_of_short_floats_are_rounded_once(dtype):
     for ours, exact in ((y, long[0] @ long[1]), (x_bar, long[2] @ long[1].T), (kernel_bar, long[0].T @ long[2])):
         assert ours.dtype == dtype
         np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-4)
+
+
+def test_a_kernel_s_gradient_comes_before_its_input_s():
+    """Elsewhere than on a CPU; what it is made of can go then. A barrier says so: the result is the same."""
+    x, kernel, g = operands(2, 6, 6, 4, 4)
+    for platform, barriers in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
+        lowered = jax.jit(lambda x, k, g: jax.vjp(convolution.conv3x3, x, k)[1](g)).trace(x, kernel, g)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.optimization_barrier") == barriers

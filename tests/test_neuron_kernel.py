@@ -288,6 +288,20 @@ def test_kernels_lower_for_a_gpu(neuron, dtype, gpu):
     assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") in (2, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_kernels_lower_under_shard_map_with_its_checks(gpu):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    P = jax.sharding.PartitionSpec
+
+    def both(neuron, x):
+        s, vjp = jax.vjp(lambda neuron, x: neuron(x), neuron, x)
+        return s, jax.tree.map(lambda bar: jax.lax.psum(bar, "batch"), vjp(s)[0])
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(P(), P(None, "batch")), out_specs=(P(None, "batch"), P()))
+    lowered = jax.jit(mapped).trace(neurons.PLIF(), currents(4, 1000)).lower(lowering_platforms=("cuda",))
+    assert "custom_call @__gpu$xla.gpu.triton" in lowered.as_text()
+
+
 def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
     monkeypatch.delattr("plif_jax.neuron_kernel")
