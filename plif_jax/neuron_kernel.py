@@ -148,6 +148,7 @@ class _Normalized:
 
     def __init__(self, rows, C, mean, gain, bias):
         self.rows, self.C, self.mean, self.gain, self.bias = rows, C, mean, gain, bias
+        # Not `%`, which also minds signs: Triton would not see that channels follow one another, and load them singly.
         self.channel = lax.rem(rows.first + jnp.arange(rows.block, dtype=jnp.int32), jnp.int32(C))
 
     def _of(self, table, row):
