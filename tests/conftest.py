@@ -3,10 +3,12 @@
 Warnings of our own code are errors, and so is rank promotion.
 """
 
+import importlib
 import os
 import shutil
 import tempfile
 from functools import partial
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
@@ -19,8 +21,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+from jax.experimental import pallas as pl
 
-from plif_jax import sequence
+from plif_jax import neuron_kernel, neurons, sequence
 from plif_jax.config import Config
 
 # Shapes that differ in their number of axes are a mistake more often than a wish.
@@ -77,3 +80,35 @@ def settings(tmp_path_factory):
         device="cpu:0",
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     )
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Neurons take the kernels on this machine too, interpreted; the results of `fits` are listed."""
+    fitted = []
+
+    def fits(*arguments):
+        fitted.append(whether(*arguments))
+        return fitted[-1]
+
+    whether = neuron_kernel.fits
+    monkeypatch.setattr(neuron_kernel, "fits", fits)
+    monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(neurons, "kernels", lambda: neuron_kernel)
+    monkeypatch.setattr(
+        sequence.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
+    )
+    yield fitted
+    jax.clear_caches()  # what was traced with them
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """JAX believes that it has an H100, for which it can lower what it cannot run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability="9.0")])
+    if importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):
+        info = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        monkeypatch.setattr(info, "get_gpu_info", lambda: SimpleNamespace(compute_capability=90))
+    yield monkeypatch
+    jax.clear_caches()

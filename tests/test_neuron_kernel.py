@@ -1,6 +1,5 @@
 """The GPU's kernels: run by Pallas' interpreter they give what the scan gives, and what does not fit is scanned."""
 
-import importlib
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -10,32 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import pallas as pl
 
 from plif_jax import networks, neuron_kernel, neurons, sequence, surrogate
 from plif_jax.config import Config
 from plif_jax.interop import export
 from plif_jax.training import state, step
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Neurons take the kernels on this machine too, interpreted; the results of `fits` are listed."""
-    fitted = []
-
-    def fits(*arguments):
-        fitted.append(whether(*arguments))
-        return fitted[-1]
-
-    whether = neuron_kernel.fits
-    monkeypatch.setattr(neuron_kernel, "fits", fits)
-    monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(neurons, "kernels", lambda: neuron_kernel)
-    monkeypatch.setattr(
-        sequence.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
-    )
-    yield fitted
-    jax.clear_caches()  # what was traced with them
 
 
 def currents(T, N, dtype=jnp.float32):
@@ -237,18 +215,6 @@ def test_every_surrogate_fits_but_one(kind, learnable):
     graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
     whether = neuron_kernel.fits(sequence._step(graphdef, other), 4, params, None, currents(4, 7))
     assert whether is not (kind is surrogate.Erf and learnable)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """JAX believes that it has an H100, for which it can lower what it cannot run."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability="9.0")])
-    if importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):
-        info = importlib.import_module("jax._src.pallas.triton.gpu_info")
-        monkeypatch.setattr(info, "get_gpu_info", lambda: SimpleNamespace(compute_capability=90))
-    yield monkeypatch
-    jax.clear_caches()
 
 
 def test_kernels_are_for_gpus_that_triton_knows(gpu):

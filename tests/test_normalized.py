@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_neuron_kernel import gpu, kernels  # noqa: F401, the fixtures
 
 from plif_jax import layers, networks, neurons, normalized, surrogate
 
@@ -45,7 +44,7 @@ def one_after_the_other(norm, neuron, v, x, T):
 @pytest.mark.parametrize(
     "rows, T, C, begun, last_bar", [(3, 3, 5, False, False), (1, 3, 32, False, False), (2, 2, 256, True, True)]
 )
-def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, trains, dtype, kernels):  # noqa: F811
+def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, trains, dtype, kernels):
     norm, neuron, x = layers_and_currents(rows, 7, 4, C, dtype)
     norm.mean[...], norm.var[...] = jnp.linspace(-1, 1, C), jnp.linspace(3, 9, C)
     norm.use_running_average = not trains
@@ -66,7 +65,7 @@ def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, trains, 
     jax.tree.map(check, ours, expected)
 
 
-def test_its_gradient_has_a_gradient(kernels):  # noqa: F811
+def test_its_gradient_has_a_gradient(kernels):
     """Through the statistics too."""
     norm, _, x = layers_and_currents(2, 3, 2, 4, jnp.float32)
     neuron = neurons.PLIF()
@@ -87,7 +86,7 @@ def test_its_gradient_has_a_gradient(kernels):  # noqa: F811
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
-def test_over_mapped_samples_the_statistics_are_those_of_all(kernels):  # noqa: F811
+def test_over_mapped_samples_the_statistics_are_those_of_all(kernels):
     norm, neuron, x = layers_and_currents(2, 6, 4, 5, jnp.float32)
     whole = found(normalized.unroll, norm, neuron, x, 2)
     norm.axis_name = "batch"
@@ -130,7 +129,7 @@ class StartingWithItsCurrent(neurons.IF):
     "norm, neuron",
     [(Shifted, neurons.PLIF), (layers.BatchNorm, Delayed), (layers.BatchNorm, StartingWithItsCurrent)],
 )
-def test_layers_of_ones_own_run_as_they_are_written(norm, neuron, trains, kernels):  # noqa: F811
+def test_layers_of_ones_own_run_as_they_are_written(norm, neuron, trains, kernels):
     norm, neuron = norm(5), neuron()
     norm.use_running_average = not trains
     x = 3 * jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 5))
@@ -141,7 +140,7 @@ def test_layers_of_ones_own_run_as_they_are_written(norm, neuron, trains, kernel
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("C", [5, 256])
-def test_it_lowers_for_a_gpu(C, gpu):  # noqa: F811
+def test_it_lowers_for_a_gpu(C, gpu):
     norm, neuron, x = layers_and_currents(4, 2, 4, C, jnp.float32)
 
     def both(x):
@@ -152,7 +151,7 @@ def test_it_lowers_for_a_gpu(C, gpu):  # noqa: F811
     assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") in (2, 3)
 
 
-def test_a_network_writes_no_normalised_currents(kernels, monkeypatch):  # noqa: F811
+def test_a_network_writes_no_normalised_currents(kernels, monkeypatch):
     """But for those who look inside the layers run one after the other."""
     called, whole = [], normalized.sequence
     monkeypatch.setattr(normalized, "sequence", lambda *args: called.append(1) or whole(*args))
