@@ -83,7 +83,7 @@ class Neuron(nnx.Module):
         Raises:
           UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
         """
-        return run(*self._prepared(v, x, T))
+        return run(*self._prepared(v, x, T), None)
 
     def _prepared(self, v, x, T=None):
         """What `sequence` takes, from what `unroll` is given; raises what that raises."""

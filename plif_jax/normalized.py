@@ -9,7 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from plif_jax import layers
 from plif_jax.mapped import vary_alike
 from plif_jax.neurons import Neuron
-from plif_jax.sequence import currents, fits, instantiated, sequence, sequence_gradient
+from plif_jax.sequence import fits, instantiated, run, sequence, sequence_gradient
 
 
 def unroll(norm, neuron, v, x, *, T=None):
@@ -26,31 +26,11 @@ def unroll(norm, neuron, v, x, *, T=None):
     )
     if norm.use_running_average:
         affine = mean, scale * lax.rsqrt(var + norm.eps), bias
-        return _run_by_tables(graphdef, kernels, T, *vary_alike(*primals, affine))
+        return run(graphdef, kernels, T, *vary_alike(*primals, affine))
     primals = vary_alike(*primals, scale, bias)
     v, spikes, mean, var = _run(norm.eps, norm.axis_name, graphdef, kernels, T, *primals)
     norm.track(x, *lax.stop_gradient((mean, var)))
     return v, spikes
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_tables(graphdef, kernels, T, *primals):
-    """`sequence`, whose tables have a gradient too."""
-    return sequence(graphdef, kernels, T, *primals)
-
-
-def _by_tables_forward(graphdef, kernels, T, *primals):
-    primals = jax.tree.map(lambda primal: primal.value, primals)
-    return _by_tables(graphdef, kernels, T, *primals), primals
-
-
-def _by_tables_backward(graphdef, kernels, T, primals, cotangents):
-    *to_current, affine = primals
-    params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, *to_current, *cotangents, affine)
-    return params_bar, None, v_bar, *jax.vjp(currents, to_current[-1], affine)[1](g)
-
-
-_by_tables.defvjp(_by_tables_forward, _by_tables_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -86,4 +66,3 @@ _unroll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 # Compiled, as `sequence.run` is.
 _run = jax.jit(_unroll, static_argnums=(0, 1, 2, 3, 4))
-_run_by_tables = jax.jit(_by_tables, static_argnums=(0, 1, 2))

@@ -160,8 +160,9 @@ def _sequence_forward(graphdef, kernels, T, *primals):
 
 
 def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
-    params_bar, v_bar, x_bar = sequence_gradient(graphdef, kernels, T, *residuals, *cotangents)
-    return params_bar, None, v_bar, x_bar
+    *to_current, affine = residuals
+    params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, *to_current, *cotangents, affine)
+    return params_bar, None, v_bar, *jax.vjp(currents, to_current[-1], affine)[1](g)
 
 
 # With symbolic zeros: a membrane that nobody uses afterwards sends back no gradient to read.
