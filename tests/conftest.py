@@ -30,6 +30,16 @@ from plif_jax.config import Config
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of each parametrised test the first case alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("first_cases"):
+        first = {item.nodeid.split("[")[0]: item for item in reversed(items)}
+        items[:] = reversed(first.values())
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"error:::plif_jax(\.|$)")
     config.addinivalue_line("markers", "faults: takes minutes; left out unless asked for, by `make test-faults`")

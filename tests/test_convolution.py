@@ -1,5 +1,7 @@
 """The CPU's own arrangements of a 3x3 convolution against XLA's, forward and backward."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +20,16 @@ def operands(N, H, W, C, features, dtype=float):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
+def with_gradients(convolve, x, kernel, g):
+    y, pull = jax.vjp(convolve, x, kernel)
+    return y, *pull(g)
+
+
 # Odd sizes and unequal channels; images in several chunks; too small for tiles.
 @pytest.mark.parametrize("shape", [(5, 9, 17, 40, 33), (24, 16, 16, 32, 32), (2, 4, 4, 64, 64)])
 def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
-    def with_gradients(convolve):
-        def run(x, kernel, g):
-            y, pull = jax.vjp(convolve, x, kernel)
-            return y, *pull(g)
-
-        return jax.jit(run)(*operands(*shape))
-
-    for ours, xlas in zip(with_gradients(convolution.conv3x3), with_gradients(direct), strict=True):
+    found = [jax.jit(partial(with_gradients, c))(*operands(*shape)) for c in (convolution.conv3x3, direct)]
+    for ours, xlas in zip(*found, strict=True):
         np.testing.assert_allclose(ours, xlas, atol=1e-13 * np.abs(xlas).max())
 
 
@@ -36,12 +37,10 @@ def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 9, 7, 2, 33), (3, 8, 8, 3, 16), (2, 6, 6, 1, 8)])
 def test_on_a_gpu_few_channels_are_products_of_patches(shape, dtype, x64, monkeypatch):
-    x, kernel, g = operands(*shape, dtype)
-
     def found(convolve):
-        y, pull = jax.vjp(convolve, x, kernel)
-        return y, *pull(g)
+        return jax.jit(partial(with_gradients, convolve))(x, kernel, g)
 
+    x, kernel, g = operands(*shape, dtype)
     expected = found(direct)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args))
     for ours, xlas in zip(found(convolution.conv3x3), expected, strict=True):
