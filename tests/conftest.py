@@ -1,4 +1,4 @@
-"""Four virtual CPU devices and one cache of compiled programs, set up before anything imports JAX.
+"""Four virtual CPU devices, one cache of compiled programs and one of prepared data, before anything imports JAX.
 
 Warnings of our own code are errors, and so is rank promotion.
 """
@@ -14,10 +14,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-# The workers of pytest-xdist and the programs that tests start find the cache of who set it up, and compile once.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="plif_jax_compiled_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The workers of pytest-xdist and the programs that tests start find the caches of who set them up: they compile once,
+# and record the digits once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["PLIF_JAX_CACHE"] = tempfile.mkdtemp(prefix="plif_jax_tests_")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["PLIF_JAX_CACHE"], "compiled")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"  # what compiles faster costs as much to keep
 
 import jax
 import pytest
@@ -46,9 +49,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if "plif_jax_compiled_" in compiled and not hasattr(config, "workerinput"):
-        shutil.rmtree(compiled, ignore_errors=True)
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["PLIF_JAX_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def rolled(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def settings(tmp_path_factory):
+def settings():
     """A run of seconds: two channels, 40 digits."""
     return partial(
         Config,
@@ -88,7 +90,6 @@ def settings(tmp_path_factory):
         test_samples=20,
         max_epoch=2,
         device="cpu:0",
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
     )
 
 

@@ -159,9 +159,8 @@ def test_a_peer_that_cannot_be_built_says_why():
         ("epoch", {"bare": True}, {"samples": 32}),
     ],
 )
-def test_our_side_of_each_comparison_runs(kind, more, found, monkeypatch, tmp_path):
+def test_our_side_of_each_comparison_runs(kind, more, found, monkeypatch):
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # it is for whole processes
-    monkeypatch.setenv("PLIF_JAX_CACHE", str(tmp_path))
     small = suites.network("Digits") | {"T": 2, "channels": 2, "number_layer": 1}
     spec = {"kind": kind, "network": small, "precision": "float32", "calls": 2, "data_root": None}
     run, facts = jax_work.build(spec | {"train_samples": 32, "test_samples": 20} | more)

@@ -21,14 +21,14 @@ pytestmark = pytest.mark.xdist_group("kills")  # one worker: all compare with on
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Prepared frames and compiled programs, which the tests share; logs as well where they do not matter."""
+    """For what programs say, and for logs where they do not matter."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="module")
-def whole(shared, tmp_path_factory):
+def whole(shared):
     """A run that nothing interrupts, and what it took: (config, seconds)."""
-    settings = SETTINGS | {"cache_dir": str(shared / "cache"), "log_dir_prefix": str(shared / "logs"), "max_epoch": 8}
+    settings = SETTINGS | {"log_dir_prefix": str(shared / "logs"), "max_epoch": 8}
     config = Config(**settings, device="cpu:0")
     with started(config, folder=shared) as program:
         assert program.end() == 0, program.said()
@@ -87,21 +87,21 @@ def _moment(config, said, since, ended):
     return "compiling" if "Digits train" in said else "importing or preparing data"
 
 
-def test_killed_three_times(whole, tmp_path):
+def test_killed_three_times(whole, shared, tmp_path):
     """The cache is empty too, so that the first kill may come in the preparation of the data."""
     settings = {"log_dir_prefix": str(tmp_path / "logs"), "cache_dir": str(tmp_path / "cache")}
     config = Config(**vars(whole) | settings)
-    survive(config, Path(whole.cache_dir).parent, 3, random.Random(3))
+    survive(config, shared, 3, random.Random(3))
     assert_same_result(config, whole)
 
 
 @pytest.mark.faults
-def test_killed_many_times(whole, tmp_path, capsys):
+def test_killed_many_times(whole, shared, tmp_path, capsys):
     runs, doing, chance = 0, [], random.Random(7)
     while len(doing) < 36:
         settings = {"log_dir_prefix": str(tmp_path / f"logs{runs}"), "cache_dir": str(tmp_path / f"cache{runs}")}
         config = Config(**vars(whole) | settings)
-        doing += survive(config, Path(whole.cache_dir).parent, 6, chance)
+        doing += survive(config, shared, 6, chance)
         assert_same_result(config, whole)
         runs += 1
     with capsys.disabled():
@@ -110,9 +110,9 @@ def test_killed_many_times(whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_is_answered_by_saving_and_its_exit_status(whole, tmp_path, signum, code):
+def test_a_signal_is_answered_by_saving_and_its_exit_status(whole, shared, tmp_path, signum, code):
     config = Config(**vars(whole) | {"log_dir_prefix": str(tmp_path), "max_epoch": 10_000})
-    with started(config, folder=Path(whole.cache_dir).parent) as program:
+    with started(config, folder=shared) as program:
         wait_for(lambda: 5 in saved(config))
         program.process.send_signal(signum)
         assert program.end() == code

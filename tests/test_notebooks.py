@@ -18,7 +18,7 @@ def code_cells(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One for all notebooks: the digits are recorded once, and what one has trained another finds."""
+    """One for all notebooks: what one has trained another finds."""
     return tmp_path_factory.mktemp("notebooks")
 
 
@@ -28,7 +28,6 @@ def test_there_are_five():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, folder, monkeypatch, rolled):
-    monkeypatch.setenv("PLIF_JAX_CACHE", str(folder / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     matplotlib.use("Agg")
     names = {"__name__": path.stem}

@@ -18,7 +18,7 @@ from plif_jax.training import distributed, loop
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Prepared frames and compiled programs, which the tests share."""
+    """For what programs say."""
     return tmp_path_factory.mktemp("shared")
 
 
@@ -82,8 +82,8 @@ def test_wrong_flags_of_processes_are_refused(monkeypatch, flags, says):
 
 
 @pytest.fixture
-def settings(shared):
-    return SETTINGS | {"cache_dir": str(shared / "cache"), "max_epoch": 2}
+def settings():
+    return SETTINGS | {"max_epoch": 2}
 
 
 def run_together(config, folder):
@@ -154,7 +154,7 @@ def test_two_processes_continue_what_one_began(settings, shared, tmp_path):
 def together(shared, tmp_path_factory):
     """An uninterrupted run of two processes."""
     logs = str(tmp_path_factory.mktemp("together"))
-    config = Config(**SETTINGS | {"cache_dir": str(shared / "cache"), "log_dir_prefix": logs, "max_epoch": 12})
+    config = Config(**SETTINGS | {"log_dir_prefix": logs, "max_epoch": 12})
     run_together(config, shared)
     return config
 
