@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reference import cases
 
 from plif_jax import networks, neurons
+from plif_jax.errors import UserError
 from plif_jax.interop import torch as torch_interop
 from plif_jax.layers import BatchNorm
 
@@ -117,3 +118,22 @@ def test_sharded_arrays_under_jit():
     shared = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "batch")))
     rates = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     np.testing.assert_array_equal(rates(state, shared), rates(state, x))
+
+
+def test_of_explicit_axes_it_says_how_to_make_them_automatic():
+    """As those of `jax.make_mesh` are unless it is told otherwise."""
+    net = networks.NMNISTNet(T=2, channels=4, rngs=nnx.Rngs(0))
+    net.set_attributes(deterministic=True)
+    graphdef, params, rest = nnx.split(net, nnx.Param, ...)
+    x, P = jnp.asarray(cases.frames(0, (2, 4, *net.shape)), jnp.float32), PartitionSpec
+
+    def gradient(params, x):
+        return jax.grad(lambda params: jnp.square(nnx.merge(graphdef, params, rest, copy=True)(x) - 0.1).sum())(params)
+
+    with jax.set_mesh(jax.make_mesh((2,), ("batch",), (AxisType.Explicit,), devices=jax.devices()[:2])):
+        shared = jax.device_put(x, P(None, "batch"))
+        with pytest.raises(UserError, match=r"explicit axes, float32\[2,4@batch.*auto_axes"):
+            jax.jit(gradient)(params, shared)
+        found = jax.jit(jax.sharding.auto_axes(gradient, out_sharding=P()))(params, shared)
+    for mine, whole in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(gradient)(params, x)), strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=1e-4 * float(jnp.abs(whole).max()))
