@@ -77,9 +77,9 @@ def draw_input(config, x, stored, folder, title):
     save(fig, folder / "input.png")
 
 
-def draw_layers(net, x, folder):
+def draw_layers(net, x, classes, folder):
     """Mean firing rates over the samples x; of the first, a raster of every layer and the first layer's spike maps."""
-    first = next(iter(net.named_neurons()))
+    first, *_, output = net.named_neurons()
     _, layers = recording.record(net, x, RASTER_NEURONS)
     fig, ax = figure(width=7, height=1 + 0.55 * len(layers))
     plots.firing_rates(ax, layers)
@@ -91,6 +91,9 @@ def draw_layers(net, x, folder):
         shown, total = layer.spikes.shape[-1], layer.neuron_rate.size
         ylabel = "neuron" if shown == total else "chosen neuron, evenly spread"
         plots.raster(ax, layer.spikes[:, 0], f"{name}, {shown} of {total} neurons", ylabel)
+        if name == output:  # whose neurons vote, those of a class one after another
+            ax.set_yticks(shown * (np.arange(len(classes)) + 0.5) / len(classes) - 0.5, classes, fontsize="small")
+            ax.set_ylabel("class that the neurons vote for")
     for ax in axes.flat[len(layers) :]:
         ax.remove()
     save(fig, folder / "raster.png")
@@ -143,7 +146,7 @@ def main(argv):
     print(folder / "training.png")
     draw_neurons(net, folder)
     draw_input(config, x, stored, folder, f"sample {flags.sample}: {label}, taken for {guess}")
-    draw_layers(net, x, folder)
+    draw_layers(net, x, names, folder)
     fig, ax = figure(width=6.4, height=5.4)
     plots.confusion_matrix(ax, evaluate(config, net)["confusion"], config.facts.class_names)
     save(fig, folder / "confusion.png")

@@ -13,6 +13,8 @@ from plif_jax.networks import NMNISTNet
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import figures
 
+CLASSES = [f"class {c}" for c in range(10)]
+
 
 @pytest.fixture(scope="module")
 def net():
@@ -33,7 +35,7 @@ def frames():
 def test_every_picture_is_written(net, frames, tmp_path, capsys):
     x = jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0)
     figures.draw_neurons(net, tmp_path)
-    figures.draw_layers(net, x, tmp_path)
+    figures.draw_layers(net, x, CLASSES, tmp_path)
     figures.draw_input(Config(dataset_name="NMNIST", T=3), x, frames, tmp_path, "sample 0")
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
@@ -49,10 +51,14 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda fig, path: drawn.update({path.stem: fig.axes}))
     net = NMNISTNet(T=3, channels=4, number_layer=3, rngs=nnx.Rngs(0))
-    figures.draw_layers(net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), tmp_path)
+    figures.draw_layers(net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), CLASSES, tmp_path)
     titles = [ax.get_title().split(",")[0] for ax in drawn["raster"]]
     assert titles == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
-    assert {ax.get_ylabel() for ax in drawn["raster"]} == {"chosen neuron, evenly spread", "neuron"}
+    assert {ax.get_ylabel() for ax in drawn["raster"][:-1]} == {"chosen neuron, evenly spread", "neuron"}
+    assert [text.get_text() for text in drawn["raster"][-1].get_yticklabels()] == CLASSES
+    chosen = np.linspace(0, 99, figures.RASTER_NEURONS).astype(int)
+    middles = [np.flatnonzero(chosen // 10 == c).mean() for c in range(10)]
+    np.testing.assert_allclose(drawn["raster"][-1].get_yticks(), middles, atol=0.6)
     figures.draw_neurons(net, tmp_path)
     (label,) = (text.get_text() for text in drawn["neuron"][2].get_legend().get_texts())
     assert label.split() == ["tau", "=", "2.00:", "conv.2,", "conv.6,", "conv.10,", "fc.3,", "fc.6,", "spikes:", "14"]
