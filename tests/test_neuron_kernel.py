@@ -195,6 +195,16 @@ def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
         np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
 
 
+@pytest.mark.parametrize("N, whether", [(2**29 - 1, True), (2**29, False)])
+def test_places_are_counted_in_32_bits(N, whether):
+    graphdef, params, other = nnx.split(neurons.PLIF(), neurons._floats, ...)
+
+    def check(x):
+        assert neuron_kernel.fits(sequence._step(graphdef, other), 4, params, None, x) is whether
+
+    jax.eval_shape(check, jax.ShapeDtypeStruct((4, N), jnp.float32))
+
+
 def test_a_membrane_that_rests_elsewhere_is_begun_there(kernels):
     class Restless(neurons.IF):
         def rest(self, x):

@@ -143,6 +143,14 @@ def test_layers_of_ones_own_run_as_they_are_written(norm, neuron, trains, kernel
     np.testing.assert_array_equal(spikes, neuron(norm(x)))
 
 
+def test_currents_of_another_type_are_normalised_before_the_neuron(kernels):
+    norm, neuron, x = layers_and_currents(2, 3, 2, 5, jnp.bfloat16)
+    norm.dtype = jnp.float32
+    spikes = normalized.unroll(nnx.clone(norm), neuron, None, x)[1]
+    assert spikes.dtype == jnp.float32
+    np.testing.assert_array_equal(spikes, neuron(norm(x)))
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("C", [5, 256])
 def test_it_lowers_for_a_gpu(C, gpu):
