@@ -126,6 +126,13 @@ def test_batch_norm_of_no_timestep_or_sample_leaves_the_statistics_alone(shape, 
     np.testing.assert_array_equal(norm.var[...], var)
 
 
+def test_batch_norm_of_one_value_per_channel_takes_the_biased_variance(platform):
+    norm = layers.BatchNorm(3)
+    y = norm(jnp.full((2, 1, 3), 4.0))
+    np.testing.assert_array_equal(y, np.zeros((2, 1, 3)))
+    np.testing.assert_allclose(norm.var[...], np.full(3, 0.81))  # moved twice, by 0
+
+
 def test_running_statistics_are_moved_in_full_precision():
     """Of products GPUs and TPUs round the factors, unless they are told."""
     jaxpr = jax.make_jaxpr(lambda x: batch_norm()(x))(jnp.ones((5, 2, 4, 4, 3)))
