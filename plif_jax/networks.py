@@ -250,8 +250,7 @@ class SpikingNet(nnx.Module):
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
 
         Raises:
-          UserError: x or a membrane is of another shape, or x sharded along explicit axes; dropout in training mode has
-            no key.
+          UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key.
         """
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)
@@ -296,10 +295,7 @@ class SpikingNet(nnx.Module):
             image = f"images [B, {H}, {W}, {C}] or " if self.static_conv else ""
             raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
         if any(jax.typeof(x).sharding.spec):  # explicit axes; of others no type tells
-            raise UserError(
-                f"x is sharded along explicit axes, {jax.typeof(x)}, where no layer can join time and batch; "
-                "spread the step with jax.shard_map, or wrap it in jax.sharding.auto_axes"
-            )
+            raise UserError(f"x is {jax.typeof(x)}, sharded by explicit axes; wrap the step in jax.sharding.auto_axes")
         x = x.astype(self.dtype or jnp.result_type(float))
         return (x[None] if still else x), still
 
