@@ -18,10 +18,13 @@ from plif_jax.mapped import vary_alike
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
 # the steps is slower than none: each part's inputs are copied.
 MAX_UNROLL = 32
+# Where no gradient needs the membranes, XLA's CPU compiler has each timestep run all before it again.
+MAX_UNROLL_ALONE = 8
 
 
-def _scan(step, carry, xs, T, **kwargs):
-    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= MAX_UNROLL else 1, **kwargs)
+def _scan(step, carry, xs, T, alone=False, **kwargs):
+    most = min(MAX_UNROLL, MAX_UNROLL_ALONE) if alone else MAX_UNROLL
+    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= most else 1, **kwargs)
 
 
 _scanning = ContextVar("scanning", default=False)
@@ -65,17 +68,17 @@ def fits(graphdef, kernels, T, params, other, v, x):
     return kernels is not None and kernels.fits(_step(graphdef, other), T, params, v, x)
 
 
-def sequence(graphdef, kernels, T, params, other, v, x, affine=None):
+def sequence(graphdef, kernels, T, params, other, v, x, affine=None, alone=False):
     """The membranes after currents x [T, ...], or x [1, ...] for T timesteps, and the spikes; v is None at rest.
 
-    With `affine`, (mean, gain, bias), the currents are (x - mean) gain + bias.
+    With `affine`, (mean, gain, bias), the currents are (x - mean) gain + bias. `alone` says that no gradient follows.
     """
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x, affine):
         x = currents(x, affine)
         begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
-        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T)
+        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T, alone)
 
     def kernel(params, v, x, affine):
         v = at_rest(net.v_reset) if v is None else v
@@ -148,18 +151,18 @@ def _rows(x, T):
     return (x, lambda row: row) if len(x) == T else (None, lambda row: x[0])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sequence(graphdef, kernels, T, *primals):
-    return sequence(graphdef, kernels, T, *primals)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _sequence(alone, graphdef, kernels, T, *primals):
+    return sequence(graphdef, kernels, T, *primals, alone=alone)
 
 
-def _sequence_forward(graphdef, kernels, T, *primals):
+def _sequence_forward(_, graphdef, kernels, T, *primals):
     primals = jax.tree.map(lambda primal: primal.value, primals)
     # Only the input is kept: recomputing the membrane costs less than writing and reading it back.
-    return _sequence(graphdef, kernels, T, *primals), primals
+    return _sequence(False, graphdef, kernels, T, *primals), primals
 
 
-def _sequence_backward(graphdef, kernels, T, residuals, cotangents):
+def _sequence_backward(_, graphdef, kernels, T, residuals, cotangents):
     *to_current, affine = residuals
     params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, *to_current, *cotangents, affine)
     return params_bar, None, v_bar, *jax.vjp(currents, to_current[-1], affine)[1](g)
@@ -187,4 +190,4 @@ def _kernel_once(kernel, scan):
 
 
 # Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
-run = jax.jit(_sequence, static_argnums=(0, 1, 2))
+run = jax.jit(partial(_sequence, True), static_argnums=(0, 1, 2))
