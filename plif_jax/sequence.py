@@ -18,12 +18,12 @@ from plif_jax.mapped import vary_alike
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
 # the steps is slower than none: each part's inputs are copied.
 MAX_UNROLL = 32
-# Where no gradient needs the membranes, XLA's CPU compiler has each timestep run all before it again.
-MAX_UNROLL_ALONE = 8
+# Unrolled where no gradient needs the membranes, each timestep runs all before it again, by XLA's plan for a CPU.
+MAX_UNROLL_FORWARD = 8
 
 
-def _scan(step, carry, xs, T, alone=False, **kwargs):
-    most = min(MAX_UNROLL, MAX_UNROLL_ALONE) if alone else MAX_UNROLL
+def _scan(step, carry, xs, T, forward_only=False, **kwargs):
+    most = min(MAX_UNROLL, MAX_UNROLL_FORWARD) if forward_only else MAX_UNROLL
     return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= most else 1, **kwargs)
 
 
@@ -68,17 +68,17 @@ def fits(graphdef, kernels, T, params, other, v, x):
     return kernels is not None and kernels.fits(_step(graphdef, other), T, params, v, x)
 
 
-def sequence(graphdef, kernels, T, params, other, v, x, affine=None, alone=False):
+def sequence(graphdef, kernels, T, params, other, v, x, affine=None, forward_only=False):
     """The membranes after currents x [T, ...], or x [1, ...] for T timesteps, and the spikes; v is None at rest.
 
-    With `affine`, (mean, gain, bias), the currents are (x - mean) gain + bias. `alone` says that no gradient follows.
+    With `affine`, (mean, gain, bias), the currents are (x - mean) gain + bias. `forward_only`: no gradient follows.
     """
     net, step = nnx.merge(graphdef, params, other), _step(graphdef, other)
 
     def scan(params, v, x, affine):
         x = currents(x, affine)
         begin, (rows, current) = _rest(net, x) if v is None else v, _rows(x, T)
-        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T, alone)
+        return _scan(lambda v, row: step(params, v, current(row)), begin, rows, T, forward_only)
 
     def kernel(params, v, x, affine):
         v = at_rest(net.v_reset) if v is None else v
@@ -152,8 +152,8 @@ def _rows(x, T):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _sequence(alone, graphdef, kernels, T, *primals):
-    return sequence(graphdef, kernels, T, *primals, alone=alone)
+def _sequence(forward_only, graphdef, kernels, T, *primals):
+    return sequence(graphdef, kernels, T, *primals, forward_only=forward_only)
 
 
 def _sequence_forward(_, graphdef, kernels, T, *primals):

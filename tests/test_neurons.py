@@ -161,11 +161,11 @@ def test_the_fast_gradient_holds_past_the_longest_unrolled_stretch(x64, monkeypa
 @pytest.mark.parametrize("T, loops", [(8, False), (20, True)])
 def test_long_sequences_without_a_gradient_run_each_timestep_once(T, loops):
     neuron, x = neurons.PLIF(), currents(T, N=1000).astype(np.float32)
-    alone = jax.jit(lambda x: neuron(x)).lower(x).compile()
+    forward_only = jax.jit(lambda x: neuron(x)).lower(x).compile()
     trained = jax.jit(lambda x: jax.vjp(neuron, x)[0]).lower(x).compile()
-    np.testing.assert_array_equal(alone(x), trained(x))
+    np.testing.assert_array_equal(forward_only(x), trained(x))
     # Unrolled without the membranes being kept, timestep t's fusion would run the t before it again.
-    assert ["while" in program.as_text() for program in (alone, trained)] == [loops, False]
+    assert ["while" in program.as_text() for program in (forward_only, trained)] == [loops, False]
 
 
 class Synaptic(neurons.PLIF):
