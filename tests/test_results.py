@@ -81,17 +81,27 @@ def row(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_stops_the_row_too(row, tmp_path, count):
+def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, count):
+    waiting, wait = threading.Event(), results.subprocess.Popen.wait
+    monkeypatch.setattr(results.subprocess.Popen, "wait", lambda *a, **k: waiting.set() or wait(*a, **k))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # one that comes too late should not end the tests
+
     def tell():
+        waiting.wait(60)
         wait_for((row / "ready").exists)
         for _ in range(count):
             if not (row / "told").exists():  # the second comes while it saves
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
 
-    threading.Thread(target=tell).start()
-    with pytest.raises(signals.Interrupted):
-        results.run("a row", [], str(tmp_path), float("inf"))
+    telling = threading.Thread(target=tell)
+    telling.start()
+    try:
+        with pytest.raises(signals.Interrupted):
+            results.run("a row", [], str(tmp_path), float("inf"))
+        telling.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     wait_for((row / "told").exists)
 
 
