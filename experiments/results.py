@@ -97,37 +97,22 @@ def run(name, more, logs, deadline):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     script, *own = script.split()
     command = [sys.executable, ROOT / "experiments" / script, *own, *flags]
-    interrupted = None
-    with _raising():
-        # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
+    code = None
+    with signals.listening() as stop:
+        # In a session of its own: Ctrl-C reaches this program alone, and after a second signal the run goes on saving.
         program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        try:
-            code = program.wait(max(deadline - time.monotonic(), 0))
-        except (subprocess.TimeoutExpired, signals.Interrupted) as stop:
+        while code is None and not stop.signum and time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = program.wait(0.5)
+        if code is None:
             program.terminate()
-            interrupted = stop if isinstance(stop, signals.Interrupted) else None
             code = program.wait()
     if code not in (0, 143, -signal.SIGTERM):  # the last where it was told before it listened
         raise UserError(f"{name} ended with status {code}; its messages are above")
     keep(name, settings)
     write_page()
-    if interrupted:
-        raise interrupted
-
-
-@contextlib.contextmanager
-def _raising():
-    """SIGTERM and SIGINT raise `signals.Interrupted` where the program is."""
-
-    def interrupt(signum, frame):
-        raise signals.Interrupted(signum)
-
-    before = {signum: signal.signal(signum, interrupt) for signum in signals.SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    if stop.signum:
+        raise signals.Interrupted(stop.signum)
 
 
 def keep(name, settings):

@@ -71,7 +71,8 @@ class Neuron(nnx.Module):
         A neuron of several states stacks them in this one array, and a `step` of its own takes them apart.
         """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype)
+        axes = jax.typeof(x).sharding.spec[1:]  # explicit ones, of which a scan asks that its carry has them too
+        return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype, out_sharding=jax.P(*axes) if any(axes) else None)
 
     def unroll(self, v, x, *, T=None):
         """Runs currents x [T, ...] from the membrane v [...] (None: at rest).

@@ -112,7 +112,7 @@ def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, a
             terms = (step_params_bar, x_bar if rows is None else None)
             return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
 
-        total = None if rows is not None else vary_alike(jnp.zeros(x.shape[1:], begin.dtype), x)[0]
+        total = None if rows is not None else jnp.zeros_like(x[0], begin.dtype)
         carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
         (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
         return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar

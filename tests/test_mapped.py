@@ -120,6 +120,35 @@ def test_sharded_arrays_under_jit():
     np.testing.assert_array_equal(rates(state, shared), rates(state, x))
 
 
+@pytest.mark.parametrize("rows", [3, 1])
+def test_a_neuron_takes_currents_with_explicit_axes(rows):
+    neuron = neurons.PLIF()
+    graphdef, state = nnx.split(neuron)
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 1, (rows, 4, 5)), jnp.float32)
+
+    def results(unroll, state, x):
+        def loss(state, x):
+            v, spikes = unroll(nnx.merge(graphdef, state), x)
+            return (spikes * jnp.arange(5.0).reshape(1, 1, 5)).sum() + jnp.square(v).sum(), spikes
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(state, x)
+
+    def once(neuron, x):
+        return neuron.unroll(None, x, T=3)
+
+    def definition(neuron, x):
+        return neuron.unroll_by_autodiff(None, jnp.tile(x, (3 // rows, 1, 1)))
+
+    whole = results(once, state, x)
+    with jax.set_mesh(jax.make_mesh((2,), ("batch",), (AxisType.Explicit,), devices=jax.devices()[:2])):
+        shared = jax.device_put(x, PartitionSpec(None, "batch"))
+        for unroll in (once, definition):
+            found = results(unroll, state, shared)
+            assert jax.typeof(found[0][1]).sharding.spec == PartitionSpec(None, "batch", None)
+            for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_of_explicit_axes_it_says_how_to_make_them_automatic():
     """As those of `jax.make_mesh` are unless it is told otherwise."""
     net = networks.NMNISTNet(T=2, channels=4, rngs=nnx.Rngs(0))

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,8 +55,9 @@ def test_more_epochs_are_kept_rather_than_fewer(tmp_path, monkeypatch, capsys):
 
 
 PROGRAM = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent
+assert os.getsid(0) == os.getpid(), "Ctrl-C in a terminal would reach it too"
 def stop(*_):
     time.sleep(1)  # it saves
     (folder / "told").touch()
@@ -80,29 +80,24 @@ def row(tmp_path, monkeypatch):
     return tmp_path / "experiments"
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, count):
-    waiting, wait = threading.Event(), results.subprocess.Popen.wait
-    monkeypatch.setattr(results.subprocess.Popen, "wait", lambda *a, **k: waiting.set() or wait(*a, **k))
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # one that comes too late should not end the tests
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early):
+    """Early: it comes while the row's program is being started."""
+    start = results.subprocess.Popen
 
-    def tell():
-        waiting.wait(60)
+    def start_and_tell(*args, **kwargs):
+        program = start(*args, **kwargs)
         wait_for((row / "ready").exists)
-        for _ in range(count):
-            if not (row / "told").exists():  # the second comes while it saves
-                os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
+        if early:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return program
 
-    telling = threading.Thread(target=tell)
-    telling.start()
-    try:
-        with pytest.raises(signals.Interrupted):
-            results.run("a row", [], str(tmp_path), float("inf"))
-        telling.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    wait_for((row / "told").exists)
+    monkeypatch.setattr(results.subprocess, "Popen", start_and_tell)
+    with pytest.raises(signals.Interrupted):
+        results.run("a row", [], str(tmp_path), float("inf"))
+    assert (row / "told").exists()
 
 
 def test_a_row_whose_time_is_up_before_it_listens_has_not_failed(row, tmp_path, capsys):
