@@ -10,6 +10,7 @@ for more -rounds: peers run in turn, and ratios are taken round by round.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,11 @@ def main(argv=None):
     asked = parser().parse_args(argv)
     # In a process of its own: JAX in this one would hold the device that the peers are to share.
     find = "import jax; print(jax.default_backend())"
-    backend = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True)
+    if found.returncode:
+        why = (found.stderr.splitlines() or [f"status {found.returncode}"])[-1]
+        raise UserError(f"JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {why}")
+    backend = found.stdout.strip()
     gpu = backend == "gpu"
     if "largest" in asked.batch_sizes and not gpu:
         raise UserError("-batch_sizes largest: only a GPU says when its memory is full; give numbers")

@@ -22,8 +22,8 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 def run(main):
     """Calls `main(argv)` and exits.
 
-    0; 2 after a `UserError` or the system's refusal of a file, said in one line; 1 after a defect; 143 or 130
-    interrupted; 141 where nobody reads what it prints any more.
+    0; 2 after a `UserError`, the system's refusal of a file or a full memory, said in one line; 1 after a defect; 143
+    or 130 interrupted; 141 where nobody reads what it prints any more.
     """
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
@@ -43,6 +43,10 @@ def run(main):
             _leave(READER_GONE)
         if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
             print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            _leave(2)
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            full = "a device's memory is full; a smaller batch, T or width takes less, as does -data_on_device no"
+            print(f"{Path(sys.argv[0]).name}: {full} ({str(error).splitlines()[0]})", file=sys.stderr)
             _leave(2)
         traceback.print_exc()
         _leave(1)

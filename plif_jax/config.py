@@ -5,12 +5,15 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import reprlib
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError, nearest
@@ -159,8 +162,12 @@ def _types(field):
 
 
 def _checked(field, value):
-    """A field's value, a whole number given for a float as one: the run's name shows it as the flag would."""
+    """A field's value of its plain type, a whole number as the float that is asked for: runs are named by them."""
     allowed, bounds = _types(field), field.metadata
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if type(value) is int and value.bit_length() > 63:
         raise UserError(f"-{field.name}: {field.name} must be below 2**63, not a number of {value.bit_length()} bits")
     if value is None and (field.default is None or type(None) in allowed):

@@ -38,7 +38,7 @@ def conv3x3(x, kernel):
 def _conv3x3(x, kernel):
     if x.shape[-1] <= PATCH_CHANNELS:
         return lax.platform_dependent(x, kernel, cuda=_by_patches, default=_direct)
-    if not _suits_winograd(x, kernel):
+    if not (_can_be_cut(x) and suits_winograd(x.shape[1:], kernel.shape[-1], x.dtype)):
         return _direct(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
 
@@ -68,10 +68,10 @@ def _direct(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _suits_winograd(x, kernel):
-    _, H, W, C = x.shape
-    wide = min(C, kernel.shape[-1]) >= WINOGRAD_CHANNELS and H * W >= WINOGRAD_POSITIONS
-    return wide and _can_be_cut(x) and x.dtype in (jnp.float32, jnp.float64)
+def suits_winograd(shape, features, dtype):
+    """Whether on a CPU maps of a shape (H, W, C) become so many features by Winograd's algorithm."""
+    H, W, C = shape
+    return min(C, features) >= WINOGRAD_CHANNELS and H * W >= WINOGRAD_POSITIONS and dtype in (jnp.float32, jnp.float64)
 
 
 def _can_be_cut(x):

@@ -1,7 +1,7 @@
 """Layers that know about time: sequences [T, B, ...] in, sequences out.
 
-Convolutions and linear layers need no time of their own: they see T * B as one batch (`flax.nnx.Conv` and
-`flax.nnx.Linear` do, for any leading axes). What is here differs from its usual form because of time, because spikes
+Convolutions and linear layers need no time of their own: they see T * B as one batch, as `flax.nnx.Conv` and
+`flax.nnx.Linear` do for any leading axes. What is here differs from its usual form because of time, because spikes
 tie, or because the paper's program initialises as PyTorch does.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from plif_jax.convolution import conv3x3, suits_winograd
 from plif_jax.errors import UserError
 from plif_jax.mapped import mean_over_devices, vary_alike
 
@@ -163,39 +164,72 @@ def normalize_gradient(axis_name, x, scale, bias, mean, inverse, g):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-class Linear(nnx.Linear):
-    """`flax.nnx.Linear` over sequences [T, B, features], which to evaluate on a CPU multiplies `ROWS` rows at a time.
+class _InPieces:
+    """A layer that to evaluate on a CPU works on equally many rows or images at a time, whatever there are.
 
-    A matrix product sums in another order for another number of rows. With always as many, rows of zeros among them,
-    a sequence in chunks gives exactly what one call gives; elsewhere than on a CPU convolutions would not. Streams that
-    run side by side are best one batch: under `jax.vmap` each would be filled up to `ROWS` by itself.
+    Products and convolutions sum in another order for another number of them. With always as many, zeros among them, a
+    sequence in chunks gives exactly what one call gives; elsewhere than on a CPU some would not. Streams that run side
+    by side are best one batch: under `jax.vmap` each would be filled up by itself.
     """
-
-    ROWS = 32  # more make live inference slower, fewer read the kernel more often
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.use_running_average = False  # named as in `BatchNorm`: what Flax switches for evaluation
 
-    def __call__(self, x_TBF):
-        """x [T, B, in] to [T, B, out]."""
-        *leading, features = x_TBF.shape
+    def _in_pieces(self, layer, x, feature_axes, size):
+        """layer(x) for x [T, B, features ...], in evaluation on a CPU `size` of the T B at a time."""
+        leading, features = x.shape[:-feature_axes], x.shape[-feature_axes:]
         count = math.prod(leading)
-        if not self.use_running_average or not isinstance(count, int):  # exported for any B, rows cannot be counted
-            return super().__call__(x_TBF)
-        multiply = super().__call__
+        if not self.use_running_average or not isinstance(count, int):  # exported for any B, they cannot be counted
+            return layer(x)
 
-        def by_rows(x_TBF):
-            rows = jnp.pad(x_TBF.reshape(count, features), ((0, -count % self.ROWS), (0, 0)))
-            y = lax.map(multiply, rows.reshape(-1, self.ROWS, features))
-            return y.reshape(-1, y.shape[-1])[:count].reshape(*leading, y.shape[-1])
+        def by_pieces(x):
+            filled = jnp.pad(x.reshape(count, *features), [(0, -count % size)] + [(0, 0)] * feature_axes)
+            y = lax.map(layer, filled.reshape(-1, size, *features))
+            return y.reshape(-1, *y.shape[2:])[:count].reshape(*leading, *y.shape[2:])
 
-        return lax.platform_dependent(x_TBF, cpu=by_rows, default=multiply)
+        return lax.platform_dependent(x, cpu=by_pieces, default=layer)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: evaluation mode, named as in `BatchNorm`."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+class Linear(_InPieces, nnx.Linear):
+    """`flax.nnx.Linear` over sequences [T, B, features], which to evaluate on a CPU takes `ROWS` rows at a time."""
+
+    ROWS = 32  # more make live inference slower, fewer read the kernel more often
+
+    def __call__(self, x_TBF):
+        """x [T, B, in] to [T, B, out]."""
+        return self._in_pieces(super().__call__, x_TBF, 1, self.ROWS)
+
+
+class Conv(_InPieces, nnx.Conv):
+    """`flax.nnx.Conv` over sequences [T, B, H, W, C], which to evaluate on a CPU goes image by image."""
+
+    def __call__(self, x_TBHWC):
+        """x [T, B, H, W, C] to [T, B, H', W', features]."""
+        return self._in_pieces(super().__call__, x_TBHWC, 3, 1)
+
+
+class Conv3x3(Conv):
+    """3x3 convolution of maps that keep their size, by `convolution.conv3x3`."""
+
+    def __init__(self, in_features, features, **kwargs):
+        super().__init__(in_features, features, (3, 3), padding=1, conv_general_dilated=_conv3x3, **kwargs)
+
+    def __call__(self, x_TBHWC):
+        """x [T, B, H, W, C] to [T, B, H, W, features]."""
+        # Winograd's algorithm goes piece by piece as it is.
+        by_winograd = suits_winograd(x_TBHWC.shape[-3:], self.out_features, self.dtype or x_TBHWC.dtype)
+        return nnx.Conv.__call__(self, x_TBHWC) if by_winograd else super().__call__(x_TBHWC)
+
+
+def _conv3x3(x, kernel, *args, **kwargs):
+    """What `nnx.Conv` asks of its convolution; strides, padding and layout are always these."""
+    return conv3x3(x, kernel)
 
 
 def dropout_key(rngs):

@@ -15,10 +15,11 @@ from flax import nnx
 
 from plif_jax import neurons, normalized, surrogate
 from plif_jax.catalog import DATASETS
-from plif_jax.convolution import conv3x3, dot_general
+from plif_jax.convolution import dot_general
 from plif_jax.errors import UserError
 from plif_jax.layers import (
     BatchNorm,
+    Conv3x3,
     Dropout,
     Linear,
     avg_pool,
@@ -60,14 +61,11 @@ def conv(features):
 
     def build(net, shape, rngs):
         *size, C = shape
-        layer = nnx.Conv(
+        layer = Conv3x3(
             C,
             features,
-            (3, 3),
-            padding=1,
             use_bias=False,
             kernel_init=torch_default_init,
-            conv_general_dilated=_conv3x3,
             dtype=net.dtype,
             param_dtype=float,
             rngs=rngs,
@@ -75,11 +73,6 @@ def conv(features):
         return layer, (*size, features)
 
     return build
-
-
-def _conv3x3(x, kernel, *args, **kwargs):
-    """What `nnx.Conv` asks of its convolution; strides, padding and layout are always these."""
-    return conv3x3(x, kernel)
 
 
 def linear(features=None):

@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -27,13 +28,19 @@ def test_nmnist_archives_are_unpacked_once_into_the_cache(tmp_path, names):
 
 
 def test_an_archive_unpacked_again_gives_the_same_frames(tmp_path, monkeypatch):
-    """Frames are found again by their recordings' times, which the archive tells."""
+    """Frames are found again by their recordings' times, which the archive tells, whatever the zone."""
     write_nmnist(tmp_path / "made")
     for split in ("Train", "Test"):
         pack(tmp_path / "made" / split, tmp_path / f"{split}.zip")
-    for _ in range(2):
-        events.load("NMNIST", tmp_path, tmp_path / "cache", T=2, progress=False)
-        shutil.rmtree(tmp_path / "cache" / "unpacked")
+    try:
+        for zone in ("UTC", "America/New_York"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            events.load("NMNIST", tmp_path, tmp_path / "cache", T=2, progress=False)
+            shutil.rmtree(tmp_path / "cache" / "unpacked")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
     assert len(list((tmp_path / "cache" / "frames").glob("*/record.json"))) == 1
 
 

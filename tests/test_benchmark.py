@@ -140,6 +140,12 @@ def test_a_mistake_is_told_in_a_line(flag, given, said):
         benchmark.main(["train", flag, given])
 
 
+def test_a_backend_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    with pytest.raises(UserError, match=r"JAX does not start with JAX_PLATFORMS=abacus: .*abacus"):
+        benchmark.main(["neuron"])
+
+
 def test_a_peer_that_cannot_be_built_says_why():
     peer = Peer(sys.executable, "jax_work", {"kind": "nothing"})
     for asked in (peer.ready, peer.run):  # and when it is asked to run all the same

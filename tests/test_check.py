@@ -113,11 +113,6 @@ def test_mistakes_are_named(here, name, says):
         checks.check(name, here, here / "cache")
 
 
-def test_what_was_not_fetched_is_not_fetched_now(here):
-    with pytest.raises(UserError, match="NMNIST has not been fetched yet"):
-        checks.check("NMNIST", None, here / "cache")
-
-
 def test_the_command_line(here):
     write_nmnist(here / "data")
     command = [sys.executable, "-m", "plif_jax.data", "check"]

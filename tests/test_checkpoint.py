@@ -156,22 +156,28 @@ def test_a_network_is_loaded_past_damage_and_that_is_said(tmp_path, monkeypatch,
         checkpoint.load_network(".", "newest")
 
 
-def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp_path, monkeypatch):
+@pytest.mark.parametrize("removed", ["the whole", "its arrays"])
+def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp_path, monkeypatch, removed):
     config = dataclasses.replace(CONFIG, log_dir_prefix=str(tmp_path))
     config.run_dir.mkdir()
     (config.run_dir / "config.json").write_text(config.to_json())
     fill(config.checkpoint_dir, (5, 10), scores=(0.9, 0.5))
-    examined = checkpoint._examined
+    examined, read, reached = checkpoint._examined, checkpoint._read_state, []
 
     def then_removed(folder):
         found = examined(folder)
-        shutil.rmtree(folder / "5", ignore_errors=True)
+        shutil.rmtree(folder / "5" / ("" if removed == "the whole" else "state/d"), ignore_errors=True)
         return found
 
+    def read_or_fail(path, template):
+        reached.append(path.name)
+        return read(path, state_of(5)) if path.name == "5" else pytest.fail(path.name)
+
     monkeypatch.setattr(checkpoint, "_examined", then_removed)
-    monkeypatch.setattr(checkpoint, "_read_state", lambda path, template: pytest.fail(path.name))
+    monkeypatch.setattr(checkpoint, "_read_state", read_or_fail)
     with pytest.raises(pytest.fail.Exception, match=r"^10$"):
         checkpoint.load_network(config.run_dir)
+    assert reached == (["10"] if removed == "the whole" else ["5", "10"])
 
 
 def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
@@ -182,6 +188,10 @@ def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
     lines = path.read_bytes().splitlines()
     lines[1] = b'{"tag": "tr\xff'
     path.write_bytes(b"\n".join(lines[:5]) + b"\n" + lines[5][:9])  # and the last is half a line
+    with pytest.raises(
+        UserError, match=r"is damaged in line 2 .*; the command that trained the run leaves the line out"
+    ):
+        logs.read_metrics(tmp_path)
     said = []
     continued = logs.Logs(tmp_path, 5, said.append)
     assert len(said) == 1 and "1 of 5 points are lost" in said[0]
@@ -189,6 +199,13 @@ def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
     continued.add("train_loss", 1, 5)
     assert logs.Logs(tmp_path, 5, said.append).points == 5  # a checkpoint counts what it counted before
     assert [at for at, _ in logs.read_metrics(tmp_path)["train_loss"]] == [0, 2, 3, 4]
+
+
+def test_curves_that_are_gone_are_not_called_damaged(tmp_path):
+    said = []
+    logs.Logs(tmp_path / "run", 5, said.append)
+    (line,) = said
+    assert "is gone, and with it 5 points; to begin anew remove" in line and str(tmp_path / "pt_run") in line
 
 
 def test_curves_without_a_checkpoint_are_set_aside(tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from plif_jax import cli
@@ -39,6 +40,12 @@ def ended(monkeypatch, capfd):
             IsADirectoryError(errno.EISDIR, "Is a directory", "summary.png"),
             2,
             "train.py: summary.png: Is a directory\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more"),
+            2,
+            "train.py: a device's memory is full; a smaller batch, T or width takes less, as does -data_on_device no "
+            "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "train.py: a file: No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),

@@ -99,7 +99,7 @@ def test_damaged_event_files_are_named(event_file, damage):
         reference.read([event_file])
 
 
-@pytest.mark.parametrize("row", ["1,2", "1,x,0.5", "1,2,", "1,2,0.5x"])
+@pytest.mark.parametrize("row", ["1", "1,2", "1,x,0.5", "1,2,", "1,2,0.5x"])
 def test_damaged_csv_files_are_named(tmp_path, row):
     path = write_csv(tmp_path, Config(**SETTINGS).run_name, "test_accuracy", ACCURACY)
     path.write_text(path.read_text() + row)

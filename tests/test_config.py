@@ -1,13 +1,14 @@
 """Settings: the paper's command lines are understood, a mistake ends in one helpful line."""
 
-import pathlib
 import runpy
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from plif_jax.config import Config, UserError, load, parse
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 STATIC = (
     "-init_tau 2.0 -use_max_pool -use_plif -device cuda:0 -dataset_name {} -log_dir_prefix LOGS -T 8 "
@@ -30,7 +31,7 @@ EVENTS = (
 def test_the_published_commands_give_the_authors_run_names(line, name):
     config = parse(line.split(), val_ratio=0.15)
     assert config.run_name == f"val_0.15_{name}"
-    assert config.checkpoint_dir == pathlib.Path("LOGS") / f"pt_val_0.15_{name}"
+    assert config.checkpoint_dir == Path("LOGS") / f"pt_val_0.15_{name}"
     assert parse(line.split()).run_name == name
     assert (config.batch_size, config.learning_rate, config.T_max, config.seed) == (16, 1e-3, 64, 2020)
     assert config.use_plif and config.use_max_pool and config.detach_reset and not config.alpha_learnable
@@ -45,6 +46,13 @@ def test_absent_switches_are_off_as_in_the_authors_program():
 def test_a_whole_number_names_the_run_as_its_flag_does():
     assert Config(dataset_name="MNIST", init_tau=2) == Config(dataset_name="MNIST", init_tau=2.0)
     assert "_init_tau_2.0_" in Config(dataset_name="MNIST", init_tau=2).run_name
+
+
+def test_paths_and_numpys_numbers_are_taken_as_what_they_say():
+    given = dict(init_tau=np.float64(2), seed=np.int64(3), use_plif=np.bool_(True), data_root=Path("data"))
+    config = Config(dataset_name="MNIST", **given)
+    assert config == Config(dataset_name="MNIST", init_tau=2.0, seed=3, use_plif=True, data_root="data")
+    assert Config.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("spelling", (["-T", "5"], ["--T", "5"], ["-T=5"], ["--T=5"]))

@@ -9,6 +9,16 @@ from plif_jax.errors import UserError
 from plif_jax.training import devices
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend\nand more"), AssertionError()])
+def test_devices_that_do_not_start_are_told(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match=r"^JAX finds no device of JAX_PLATFORMS=.*give cpu, or leave it unset$"):
+        devices.start()
+
+
 def test_batch_size_must_divide_among_the_devices(settings):
     with pytest.raises(UserError, match=r"-batch_size 6 does not divide among 4 devices; give 4 or 8"):
         devices.choose(settings(batch_size=6, device="cpu"))

@@ -5,10 +5,11 @@ import errno
 import hashlib
 import http.server
 import threading
+import zipfile
 
 import pytest
 
-from plif_jax.data import downloads
+from plif_jax.data import downloads, events
 from plif_jax.errors import UserError
 
 CONTENT = b"an archive"
@@ -46,6 +47,16 @@ def test_a_right_archive_is_kept_and_fetched_once(tmp_path, monkeypatch, server)
     assert (folder / "Train.zip").read_bytes() == CONTENT
     offer(monkeypatch, server + "/gone")
     assert downloads.fetch("NMNIST", tmp_path) == folder
+
+
+def test_archives_put_there_that_hold_no_recordings_are_named(tmp_path):
+    folder = tmp_path / "downloads" / "NMNIST"
+    folder.mkdir(parents=True)
+    for name in ("Train.zip", "Test.zip"):
+        with zipfile.ZipFile(folder / name, "w") as packed:
+            packed.writestr("readme.txt", "nothing")
+    with pytest.raises(UserError, match=f"the archives in {folder} hold no recordings of NMNIST: remove them"):
+        events.load("NMNIST", None, tmp_path, T=2)
 
 
 def test_what_another_program_fetched_meanwhile_is_not_fetched(tmp_path, monkeypatch, capsys):

@@ -218,6 +218,9 @@ def test_lists_without_their_recordings_are_not_a_data_set(tmp_path):
     (tmp_path / "DvsGesture").mkdir()
     (tmp_path / "DvsGesture" / "trials_to_train.txt").write_text("gone.aedat\n")
     assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
+    (tmp_path / "labels.txt").write_text("12 1\n")
+    (tmp_path / "13.bs2").write_bytes(bytes(5))
+    assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
 
 
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):

@@ -81,6 +81,14 @@ def truncated(name, cut):
     return write
 
 
+def long_header(path):
+    """Claimed in a file that is long enough for it."""
+    np.save(path, np.zeros((20_000, 4)))
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\xff\xff")
+
+
 @pytest.mark.parametrize(
     "name, damage, says",
     [
@@ -94,6 +102,9 @@ def truncated(name, cut):
         ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not an array as NumPy saves it"),
         ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),
         ("3.npy", lambda path: np.save(path, np.array([{"t": 1}])), "not a readable .npy recording"),
+        ("3.npy", lambda path: np.save(path, np.full((5, 4), 1.7)), "column x holds fractions"),
+        ("3.npy", lambda path: np.save(path, np.full((5, 4), np.nan)), "column t holds fractions"),
+        ("3.npy", long_header, r"not a readable .npy recording \(Header info length \(65535\)"),
         ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a MATLAB level 5 file"),
     ],
 )

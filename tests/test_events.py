@@ -179,14 +179,15 @@ def test_a_damaged_cache_is_made_anew(data, file):
     np.testing.assert_array_equal(load(data).train.x, good)
 
 
-def test_a_damaged_part_is_made_anew(data, parts_of_ten):
+@pytest.mark.parametrize("left", [-5, 0])
+def test_a_damaged_part_is_made_anew(data, parts_of_ten, left):
     bad = data / "NMNIST" / "Test" / "9" / "10.bin"
     good = bad.read_bytes()
     bad.write_bytes(b"\xff" * len(good))
     with pytest.raises(UserError):
         load(data)
     part = min((data.parent / "cache").glob("frames/*.parts/*.npy"))
-    part.write_bytes(part.read_bytes()[:-5])
+    part.write_bytes(part.read_bytes()[:left])
     bad.write_bytes(good)
     np.testing.assert_array_equal(load(data).test.x[0], expected_frames(data / "NMNIST" / "Test" / "0" / "2.bin"))
 
@@ -280,6 +281,16 @@ def test_a_worker_that_ends_early_is_told(data, parts_of_ten, monkeypatch):
             load(data)
 
 
+def test_a_worker_whose_program_was_killed_ends_quietly():
+    command = [sys.executable, "-m", "plif_jax.data.event_worker"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker.stdout.close()
+    job = {"path": "", "recordings": [["/nowhere.bin", 0, None, None]], "T": 1, "sensor": [1, 1]}
+    worker.stdin.write(json.dumps(job | {"split_by": "number", "normalization": None}).encode() + b"\n")
+    worker.stdin.close()
+    assert worker.wait(60) == 0 and worker.stderr.read() == b""
+
+
 def test_two_programs_may_prepare_the_same_set_at_once(data):
     programs = [run_script(data, alone=1 << 40) for _ in range(2)]
     for program in programs:
@@ -312,6 +323,8 @@ def test_an_empty_half_is_refused(data):
 
 
 def test_settings_are_checked_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"there is no data set 'nmnist'; .* Did you mean NMNIST\?"):
+        events.load("nmnist", tmp_path, tmp_path, T=1)
     with pytest.raises(UserError, match="T is 0"):
         events.load("NMNIST", tmp_path / "nowhere", tmp_path, T=0)
     with pytest.raises(UserError, match=r"nowhere is not a folder"):

@@ -124,7 +124,7 @@ def test_folding_keeps_the_currents():
     x = some_input(True, 4)[None]
     folded = fold(net)
     net.eval()
-    assert [type(layer).__name__ for layer in folded.static_conv] == ["Conv"]
+    assert [type(layer).__name__ for layer in folded.static_conv] == ["Conv3x3"]
     np.testing.assert_allclose(
         folded.static_conv[0](x), net.static_conv[1](net.static_conv[0](x)), rtol=1e-5, atol=1e-6
     )

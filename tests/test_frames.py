@@ -107,6 +107,7 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"t": [0.5, 0.7]}, "column t holds fractions: times are whole microseconds"),
         ({"t": [1.0, np.inf]}, "column t holds fractions"),
         ({"t": ["1", "2"]}, "column t holds <U1"),
+        ({"t": [[8], [9]]}, r"column t has shape \[2, 1\]: give one number for each event"),
         ({"x": [0]}, "columns t, x, y, p differ: 2, 1, 2 and 2 values"),
     ],
 )
@@ -130,9 +131,10 @@ def test_missing_columns_are_named(events, says):
         frames.integrate(events, 24, 32, 2)
 
 
-def test_a_sensor_has_pixels():
-    with pytest.raises(UserError, match="a sensor of 0 x 32 pixels has none"):
-        frames.integrate({"t": [1], "x": [0], "y": [0], "p": [0]}, 0, 32, 2)
+@pytest.mark.parametrize("height", [0, 34.0])
+def test_a_sensor_has_pixels(height):
+    with pytest.raises(UserError, match=f"a sensor of {height} x 32 pixels: height and width are whole numbers from 1"):
+        frames.integrate({"t": [1], "x": [0], "y": [0], "p": [0]}, height, 32, 2)
 
 
 @pytest.mark.parametrize(

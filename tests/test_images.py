@@ -298,6 +298,11 @@ def test_an_archive_writes_nothing_and_must_hold_batches(tmp_path):
     assert sorted(tmp_path.rglob("*")) == [file.parent, file]
 
 
+def test_a_misspelt_set_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no data set 'mnist'; allowed are .* Did you mean MNIST\?"):
+        images.load("mnist", None, tmp_path)
+
+
 def test_a_data_root_that_is_no_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=f"data_root {tmp_path / 'tpyo'} is not a folder"):
         images.load("MNIST", tmp_path / "tpyo")

@@ -140,7 +140,28 @@ def test_running_statistics_are_moved_in_full_precision():
     assert products == [(jax.lax.Precision.HIGHEST,) * 2] * 2
 
 
-# Linear
+# Linear and Conv
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (lambda rngs: layers.Linear(40, 8, rngs=rngs), (40,)),
+        (lambda rngs: layers.Conv3x3(2, 16, rngs=rngs), (34, 34, 2)),
+        (lambda rngs: layers.Conv3x3(16, 16, rngs=rngs), (17, 17, 16)),
+        (lambda rngs: layers.Conv3x3(128, 128, rngs=rngs), (4, 4, 128)),
+        (lambda rngs: layers.Conv3x3(32, 32, rngs=rngs), (10, 10, 32)),  # by Winograd's algorithm
+        (lambda rngs: layers.Conv(16, 24, (5, 5), strides=2, rngs=rngs), (15, 15, 16)),
+    ],
+    ids=["linear", "few channels", "narrow", "small maps", "Winograd", "strided"],
+)
+def test_to_evaluate_one_gives_the_bits_that_it_gives_among_others(layer, shape):
+    layer = layer(nnx.Rngs(0))
+    layer.eval()
+    x = jax.random.normal(jax.random.key(0), (4, 2, *shape))
+    run = jax.jit(layer)
+    one_by_one = [[run(x[t : t + 1, b : b + 1])[0, 0] for b in range(2)] for t in range(4)]
+    np.testing.assert_array_equal(run(x), np.array(one_by_one))
 
 
 def test_on_a_gpu_evaluation_is_one_product():

@@ -12,7 +12,7 @@ from reference import cases
 from plif_jax import networks, neurons
 from plif_jax.errors import UserError
 from plif_jax.interop import torch as torch_interop
-from plif_jax.layers import BatchNorm
+from plif_jax.layers import BatchNorm, Conv3x3
 
 
 def test_gradients_under_shard_map_are_those_of_the_whole_batch(x64):
@@ -72,7 +72,7 @@ def test_each_device_may_have_parameters_of_its_own():
     """For one and the same x: an ensemble."""
     x, P = jnp.asarray(cases.array(0, (3, 4, 8, 8, 4)) + 0.5, jnp.float32), PartitionSpec
     parts = (
-        nnx.Conv(4, 3, (3, 3), conv_general_dilated=networks._conv3x3, rngs=nnx.Rngs(0)),
+        Conv3x3(4, 3, rngs=nnx.Rngs(0)),
         BatchNorm(3),
         neurons.PLIF(),
     )

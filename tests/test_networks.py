@@ -246,7 +246,7 @@ def test_parameters_and_output_of_each_network(name, parameters, neuron_layers):
 
 def layer_in_words(layer):
     match type(layer).__name__:
-        case "Conv":
+        case "Conv3x3":
             return f"conv {layer.in_features}-{layer.out_features}"
         case "Linear":
             return f"linear {layer.in_features}-{layer.out_features}"
@@ -307,7 +307,7 @@ def test_bfloat16_changes_the_arithmetic_not_the_parameters():
     state, votes = net.unroll(
         None, frames(net), observe=lambda name, layer, x, y: dtypes.update({type(layer).__name__: y.dtype})
     )
-    assert dtypes["Conv"] == dtypes["BatchNorm"] == dtypes["Linear"] == dtypes["PLIF"] == jnp.bfloat16
+    assert dtypes["Conv3x3"] == dtypes["BatchNorm"] == dtypes["Linear"] == dtypes["PLIF"] == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((state, nnx.state(net), votes))} == {jnp.dtype("float32")}
 
 

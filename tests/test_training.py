@@ -100,6 +100,17 @@ def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
     assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
 
 
+def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch):
+    config, _ = whole
+    sizes, run = [], evaluation.evaluation_counts
+    monkeypatch.setattr(
+        evaluation, "evaluation_counts", lambda config, *a: sizes.append(config.batch_size) or run(config, *a)
+    )
+    net = checkpoint.load_network(config.run_dir)[1]
+    evaluation.evaluate(dataclasses.replace(config, batch_size=1024), net, progress=False)
+    assert sizes == [16]
+
+
 def test_evaluate_prints_a_row_for_each_class(whole, capsys):
     config, result = whole
     evaluate.main([str(config.run_dir)])
@@ -129,15 +140,18 @@ def copied(config, folder):
     return dataclasses.replace(config, log_dir_prefix=str(folder))
 
 
-def test_a_finished_run_says_so_and_a_larger_max_epoch_is_the_uninterrupted_run(settings, whole, tmp_path):
+def test_a_finished_run_says_so_and_a_larger_max_epoch_is_the_uninterrupted_run(settings, whole, tmp_path, monkeypatch):
     config, said = settings(log_dir_prefix=str(tmp_path)), []
     short = dataclasses.replace(config, max_epoch=1)
     result = loop.train(short, say=lambda line: None)
     (config.run_dir / "result.json").unlink()
-    assert loop.train(short, say=said.append) == result
+    with monkeypatch.context() as elsewhere:  # whose figures these are not
+        elsewhere.setattr(report.os, "cpu_count", lambda: 1024)
+        assert loop.train(short, say=said.append) == result
     assert any("finished already: 1 epochs are done; a larger -max_epoch trains on" in line for line in said)
     assert json.loads((config.run_dir / "result.json").read_text()) == result and result["finished"]
-    loop.train(config, say=lambda line: None)
+    monkeypatch.setattr(report.os, "cpu_count", lambda: 1024)
+    assert loop.train(config, say=lambda line: None)["machine"].endswith("1024 cores")
     assert_same_run(config, whole[0])
 
 

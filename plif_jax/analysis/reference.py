@@ -145,7 +145,8 @@ def _read_csv(path):
                     yield tag, 0.0, int(row["epoch"]), float(row[tag] or "missing")
             else:
                 tag = path.stem.split("-tag-")[1]
-                yield tag, float(row["Wall time"] or "missing"), int(row["Step"]), float(row["Value"] or "missing")
+                time, step, value = (row[name] or "missing" for name in ("Wall time", "Step", "Value"))
+                yield tag, float(time), int(step), float(value)
 
 
 def _read_events(path):

@@ -1,11 +1,11 @@
 """Archives of data sets: downloaded, checked, and unpacked where they can do no harm."""
 
+import calendar
 import hashlib
 import lzma
 import os
 import shutil
 import tarfile
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -79,5 +79,6 @@ def _unpack_zip(packed, folder):
         if not (folder / info.filename).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"the name {info.filename!r} in it leads out of the archive.")
         path = packed.extract(info, folder)
-        changed = time.mktime((*info.date_time, 0, 0, -1))
+        year, month, *rest = info.date_time  # a zip knows no zones: the same seconds wherever it is unpacked
+        changed = calendar.timegm((year, min(max(month, 1), 12), *rest))
         os.utime(path, (changed, changed))

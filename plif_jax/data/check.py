@@ -9,8 +9,8 @@ from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, events, image_files, images, recordings, storage
-from plif_jax.data.dataset import default_cache_dir
-from plif_jax.errors import UserError, nearest
+from plif_jax.data.dataset import check_name, default_cache_dir
+from plif_jax.errors import UserError
 
 SAMPLES = 10  # shown, spread over the classes
 SHOWN_FRAMES = 8  # of each event recording
@@ -29,10 +29,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
     Raises:
         UserError: an unknown name, no such data, or samples that cannot be read.
     """
-    if name not in DATASETS:
-        near = nearest(name, DATASETS)
-        meant = f" Did you mean {near}?" if near else ""
-        raise UserError(f"there is no data set {name!r}; allowed are {', '.join(DATASETS)}.{meant}")
+    check_name(name, DATASETS)
     cache_dir = expanded(cache_dir or default_cache_dir())
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
     with storage.writing(Path(f"{name}.png").resolve(), "Run it in a folder of yours that has space."):

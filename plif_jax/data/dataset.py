@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from plif_jax.config import expanded
 from plif_jax.data import storage
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Dataset:
     train: Split
     test: Split
     source: str
+
+
+def check_name(name: str, allowed: Iterable[str]):
+    """Raise UserError unless `name` is a data set among `allowed`."""
+    if name not in allowed:
+        near = nearest(str(name), allowed)
+        meant = f" Did you mean {near}?" if near else ""
+        raise UserError(f"there is no data set {name!r}; allowed are {', '.join(allowed)}.{meant}")
 
 
 def default_cache_dir() -> Path:

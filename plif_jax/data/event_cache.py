@@ -162,7 +162,7 @@ def _is_made(job):
     """Whether the part of a job lies there whole."""
     try:
         return len(np.load(job["path"], mmap_mode="r")) == len(job["recordings"])
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return False
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from tonic import io
 
 from plif_jax.data import matlab
+from plif_jax.data.frames import integers
 from plif_jax.errors import UserError
 
 EVENTS = np.dtype([("x", "i8"), ("y", "i8"), ("t", "i8"), ("p", "i8")])  # in the order that tonic fills it
@@ -39,9 +40,10 @@ def read(path: str | Path) -> np.ndarray:
     except ImportError:
         raise UserError(f"{path}: reading {path.suffix} files needs the package aedat: pip install aedat.") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}.") from None
+        raise UserError(f"{path}: {str(error).removesuffix('.')}.") from None
     except Exception as error:  # the readers of tonic, NumPy and aedat fail in many ways on a damaged file
-        raise UserError(f"{path}: not a readable {path.suffix} recording ({error}).") from None
+        said = str(error).partition("\n")[0]  # NumPy's goes on to advise unpickling
+        raise UserError(f"{path}: not a readable {path.suffix} recording ({said}).") from None
 
 
 @lru_cache(maxsize=1)
@@ -137,14 +139,14 @@ def _mat(path):
         raise UserError("the file's columns differ in length")
     t, x, y, p = (found[name] for name in names)
     # Columns may be of bytes, which cannot hold a difference.
-    return _events(t, 239 - x.astype(np.int64), 179 - y.astype(np.int64), p)
+    return _events(t, 239 - integers("x", x).astype(np.int64), 179 - integers("y", y).astype(np.int64), p)
 
 
 def _events(t, x, y, p):
-    """Put columns together."""
+    """Put columns of whole numbers together."""
     events = np.empty(len(t), EVENTS)
     for name, column in (("t", t), ("x", x), ("y", y), ("p", p)):
-        events[name] = column
+        events[name] = integers(name, column)
     return events
 
 

@@ -1,6 +1,7 @@
 """A worker of `event_cache`: takes jobs as lines of JSON, answers each with a line, ends with its input."""
 
 import json
+import os
 import signal
 import sys
 
@@ -16,4 +17,7 @@ if __name__ == "__main__":
             event_cache.make_part(json.loads(line))
         except UserError as user_error:
             error = str(user_error)
-        print(json.dumps({"error": error}), file=answers, flush=True)
+        try:
+            print(json.dumps({"error": error}), file=answers, flush=True)
+        except BrokenPipeError:  # whoever asked has been killed
+            os._exit(0)

@@ -7,7 +7,7 @@ import numpy as np
 from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.data import digits, downloads, event_cache, frames, recordings
-from plif_jax.data.dataset import Dataset, Split, default_cache_dir
+from plif_jax.data.dataset import Dataset, Split, check_name, default_cache_dir
 from plif_jax.errors import UserError
 
 
@@ -39,8 +39,10 @@ def load(
         The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number.
 
     Raises:
-        UserError: a wrong setting, recordings that are missing or damaged, or a cache that cannot be written.
+        UserError: another name, a wrong setting, recordings that are missing or damaged, or a cache that cannot be
+            written.
     """
+    check_name(name, recordings.EXPECTED)
     frames.check_settings(T, split_by, normalization)
     cache_dir = expanded(cache_dir or default_cache_dir())
     found = locate(name, data_root, cache_dir, cifar10dvs_split)
@@ -73,4 +75,8 @@ def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.F
         if found:
             return found
         print(f"{name}: no recordings of it are in {data_root}")
-    return recordings.find(name, downloads.fetch(name, cache_dir), cache_dir, cifar10dvs_split)
+    folder = downloads.fetch(name, cache_dir)
+    found = recordings.find(name, folder, cache_dir, cifar10dvs_split)
+    if found is None:
+        raise UserError(f"the archives in {folder} hold no recordings of {name}: remove them, to have them fetched")
+    return found

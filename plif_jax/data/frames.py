@@ -55,9 +55,9 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    if min(height, width) < 1:
-        raise UserError(f"a sensor of {height} x {width} pixels has none: height and width are at least 1.")
-    t_N, x_N, y_N, p_N = (_integers(name, _column(events, name)) for name in "txyp")
+    if not all(isinstance(side, int | np.integer) and side >= 1 for side in (height, width)):
+        raise UserError(f"a sensor of {height} x {width} pixels: height and width are whole numbers from 1.")
+    t_N, x_N, y_N, p_N = (integers(name, _column(events, name)) for name in "txyp")
     if t_N.dtype != np.int64:  # a difference may be larger than a smaller type holds
         t_N = t_N.astype(np.int64)
     if len(t_N) == 0:
@@ -96,9 +96,11 @@ def _column(events, name):
         raise UserError(f"events have columns t, x, y and p; {name} is missing in {there}.") from None
 
 
-def _integers(name, column):
+def integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
     column = np.asarray(column)
+    if column.ndim != 1:
+        raise UserError(f"column {name} has shape {list(column.shape)}: give one number for each event.")
     if column.dtype.kind in "ib" and column.dtype.isnative:
         return column
     if column.dtype.kind not in "biuf":

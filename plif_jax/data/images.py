@@ -4,7 +4,7 @@ from pathlib import Path
 
 from plif_jax.config import expanded
 from plif_jax.data import image_files, storage
-from plif_jax.data.dataset import Dataset, Split, default_cache_dir, existing, folders
+from plif_jax.data.dataset import Dataset, Split, check_name, default_cache_dir, existing, folders
 
 
 def load(
@@ -30,8 +30,10 @@ def load(
         The set, with `x` `[N, H, W, C]` uint8 and `y` `[N]` int32 in each split.
 
     Raises:
-        UserError: if `data_root` is no folder, a file is damaged, or the set cannot be downloaded or prepared.
+        UserError: if `name` is another, `data_root` is no folder, a file is damaged, or the set cannot be downloaded
+            or prepared.
     """
+    check_name(name, image_files.EXPECTED)
     folder, files = find(name, data_root) if data_root is not None else (None, {})
     if files:
         splits = image_files.read(name, files)

@@ -184,7 +184,8 @@ def _dvs128_gesture(folder, cache_dir):
         return [*splits, (1077, 264)]
     if (folder / "labels.txt").is_file() and any(folder.glob("*.bs2")):
         # A handful of samples, for looking at: nobody says which are for testing.
-        return _listed(folder, folder / "labels.txt"), []
+        listed = _listed(folder, folder / "labels.txt")
+        return (listed, []) if listed else None
     return None
 
 

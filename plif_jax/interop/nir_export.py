@@ -39,6 +39,10 @@ def to_nir(net, dt=DT):
         elif isinstance(layer, nnx.Conv):
             nodes[name] = _conv_to_nir(name, layer, shape)
         elif isinstance(layer, nnx.Linear):
+            if len(shape) == 3:
+                raise UserError(
+                    f"{name} is a linear layer over the channels of maps; NIR's take vectors: flatten first"
+                )
             nodes[name] = _linear_to_nir(layer, flattened)
             flattened = None
         elif isinstance(layer, Flatten):
@@ -106,6 +110,11 @@ def _neuron_to_nir(name, neuron, shape, dt):
     raise UserError(f"{name} is a {type(neuron).__name__}; NIR has IF and LIF neurons, which PLIF becomes too")
 
 
+def _each(padding):
+    """Padding of height and width, as `nnx.Conv` takes it: one number for both, or a number or a pair for each."""
+    return (padding, padding) if isinstance(padding, int) else padding
+
+
 def pair(setting):
     """A setting for height and width, given as one number or two, as two."""
     return tuple(np.broadcast_to(setting, 2).tolist())
@@ -114,12 +123,15 @@ def pair(setting):
 def _conv_to_nir(name, conv, shape):
     if conv.feature_group_count != 1:
         raise UserError(f"{name} is a convolution in {conv.feature_group_count} groups; NIR's readers take one group")
+    if pair(conv.input_dilation) != (1, 1):
+        raise UserError(f"{name} dilates its input by {conv.input_dilation}, which NIR cannot express")
     padding, stride = conv.padding, pair(conv.strides)
     if isinstance(padding, str):
         # PyTorch, whose meaning NIR's words have, knows "same" for stride 1 only.
         expressible, padding = padding == "VALID" or (padding == "SAME" and stride == (1, 1)), padding.lower()
     else:
-        expressible = np.ndim(padding) < 2
+        sides = [(side, side) if isinstance(side, int) else tuple(side) for side in _each(padding)]
+        expressible, padding = all(before == after for before, after in sides), [before for before, _ in sides]
     if not expressible:
         raise UserError(f"{name} pads by {conv.padding}; NIR has zero padding, the same before and after")
     kernel = np.asarray(conv.kernel[...])

@@ -9,17 +9,17 @@ from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.nir_export import channels_first, pair, shape_after, vote_weight
 from plif_jax.interop.torch import conv_from_torch, linear_from_torch
-from plif_jax.layers import Linear
+from plif_jax.layers import Conv, Linear
 from plif_jax.networks import Flatten, Pool, SpikingNet
 
 
 def from_nir(graph, *, dt=None, T=None):
     """The `SpikingNet` of a `nir.NIRGraph` that is a chain of layers; with no batch norm and no dropout.
 
-    Layers before the first neuron become the static part, so the network takes still images and frames alike; a
-    vector enters as an image of one pixel. LIF becomes LIF, IF becomes IF; an input gain r goes into the weights
-    before the neuron. A last linear node that averages groups of neurons becomes the vote; without one, each output is
-    a class of its own.
+    Layers before the first neuron become the static part: where there are any, the network takes still images and
+    frames alike. A vector enters as an image of one pixel. LIF becomes LIF, IF becomes IF; an input gain r goes into
+    the weights before the neuron. A last linear node that averages groups of neurons becomes the vote; without one,
+    each output is a class of its own.
 
     Args:
       graph: Conv2d, AvgPool2d of 2x2, Flatten, Linear, Affine, LIF and IF nodes, one after the other.
@@ -173,7 +173,7 @@ def _conv_from_nir(name, node):
         raise UserError(f"{name} is a convolution in {node.groups} groups; one group can be read")
     features, inputs, *kernel_size = node.weight.shape
     padding = node.padding.upper() if isinstance(node.padding, str) else pair(node.padding)
-    layer = nnx.Conv(
+    layer = Conv(
         inputs,
         features,
         tuple(kernel_size),

@@ -36,6 +36,8 @@ def rebuild(checkpoint, **given):
     """
     if unknown := given.keys() - set(SETTINGS):
         raise UserError(f"{', '.join(sorted(unknown))} cannot be set here; settings are {', '.join(SETTINGS)}")
+    if "surrogate" in given and not (isinstance(given["surrogate"], tuple | list) and len(given["surrogate"]) == 2):
+        raise UserError(f'surrogate is {given["surrogate"]!r}; give its name and alpha, such as ("ATan", 2.0)')
     arrays = checkpoint.arrays
     settings = _found(checkpoint.module) | given
     build = _spikingjelly if any(name.startswith("conv_fc.") for name in arrays) else _paper

@@ -44,19 +44,21 @@ class SpikingJellyNet(SpikingNet):
 
     Args:
       spiking_neuron: makes the neuron of a layer; called once for each.
-      channels: width of every convolution.
+      channels: width of every convolution; 128 where not given, 256 for CIFAR-10.
       rngs: source of the initial weights.
       T, dtype: as in `SpikingNet`; T only says how long an image is to be shown by the caller.
     """
 
     PARTS = ("static_conv", "conv_fc")
     shape: tuple[int, int, int]
-    classes = 10
+    classes, width = 10, 128
     # Convolutions between poolings, and the width of the hidden layer.
     stages: tuple[int, ...]
     hidden: int
 
-    def __init__(self, spiking_neuron, *, channels=128, T=8, dtype=None, rngs):
+    def __init__(self, spiking_neuron, *, channels=None, T=8, dtype=None, rngs):
+        channels = self.width if channels is None else channels
+
         def neuron(net, shape, rngs):
             return spiking_neuron(), shape
 
@@ -69,9 +71,13 @@ class SpikingJellyNet(SpikingNet):
 
 
 class MNISTNet(SpikingJellyNet):
-    """SpikingJelly's network for MNIST and Fashion-MNIST."""
+    """SpikingJelly's network for MNIST."""
 
     shape, stages, hidden = (28, 28, 1), (1, 1), 2048
+
+
+class FashionMNISTNet(MNISTNet):
+    """SpikingJelly's network for Fashion-MNIST."""
 
 
 class NMNISTNet(SpikingJellyNet):
@@ -81,9 +87,9 @@ class NMNISTNet(SpikingJellyNet):
 
 
 class CIFAR10Net(SpikingJellyNet):
-    """SpikingJelly's network for CIFAR-10; 256 channels there."""
+    """SpikingJelly's network for CIFAR-10."""
 
-    shape, stages, hidden = (32, 32, 3), (3, 3), 2048
+    shape, stages, hidden, width = (32, 32, 3), (3, 3), 2048, 256
 
 
 class CIFAR10DVSNet(SpikingJellyNet):

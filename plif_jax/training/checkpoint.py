@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSe
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError
+from plif_jax.training import devices
 from plif_jax.training import state as states
 
 KEEP_EVERY_SECONDS = 4 * 3600
@@ -357,10 +358,14 @@ def load_network(run: str | Path, kind: str = "best"):
         raise UserError(f"{run} is not the folder of a run: it has no config.json{hint}") from None
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
+    devices.start()
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
     try:
         state = _read_chosen(folder, kind, template)
-    except FileNotFoundError:  # a running run has removed it since; by the next time it has long to go
+    except (FileNotFoundError, ValueError) as error:  # Orbax's, of a folder of which a part is gone
+        if isinstance(error, UserError):
+            raise
+        # A running run has removed it since; by the next time it has long to go.
         state = _read_chosen(folder, kind, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
     net.set_attributes(axis_name=None)

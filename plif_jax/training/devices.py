@@ -7,6 +7,20 @@ from plif_jax.data.dataset import default_cache_dir
 from plif_jax.errors import UserError
 
 
+def start():
+    """Starts JAX's devices.
+
+    Raises:
+      UserError: those that $JAX_PLATFORMS names do not start.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms
+        why = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UserError(f"JAX finds no device of JAX_PLATFORMS={asked}{why}; give cpu, or leave it unset") from None
+
+
 def choose(config, say=print) -> list:
     """The devices that share the batch; all of them where `device` is absent.
 

@@ -1,5 +1,6 @@
 """What a trained network does on the test set: accuracy, confusions, firing rates."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +26,7 @@ def evaluate(config, net, progress=True) -> dict:
       "firing_rates": {layer: mean spikes per neuron and timestep}}.
     """
     chosen = jax.local_devices()[:1]
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, 16))  # the run's was for all its devices
     part = batches.partition(config, data.load(config, progress=progress))["test"]
     feed = batches.Feed(part.split, chosen, config.data_on_device)
     graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)

@@ -35,11 +35,17 @@ def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
 
 def _read(path):
     try:
-        return [_point(line) for line in path.read_bytes().splitlines() if line]
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run: it has no {FILE}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    points = []
+    for number, line in enumerate(lines, 1):
+        try:
+            points += [_point(line)] if line else []
+        except ValueError as error:
+            mend = "the command that trained the run leaves the line out"
+            raise UserError(f"{path} is damaged in line {number} ({error}); {mend}") from None
+    return points
 
 
 class Logs:
@@ -58,10 +64,14 @@ class Logs:
         if points is None:
             self._set_aside(say)
         self.points = points or 0
-        lines = self.path.read_bytes().split(b"\n")[: self.points] if self.path.exists() else []
+        there = self.path.exists()
+        lines = self.path.read_bytes().split(b"\n")[: self.points] if there else []
         kept = list(filter(None, map(_valid, lines)))
-        if len(kept) < self.points:
+        if len(kept) < self.points and there:
             say(f"{self.path} is damaged: {self.points - len(kept)} of {self.points} points are lost")
+        elif len(kept) < self.points:
+            checkpoints = run_dir.with_name(f"pt_{run_dir.name}")
+            say(f"{self.path} is gone, and with it {self.points} points; to begin anew remove {checkpoints} too")
         temporary = self.path.with_suffix(".tmp")
         # An empty line for each that is lost: checkpoints count lines.
         temporary.write_bytes(b"".join(map(_line, kept)) + b"\n" * (self.points - len(kept)))

@@ -46,6 +46,7 @@ def train(config, say=print) -> dict:
     bars, say = say is not None, say or (lambda line: None)
     state.set_precision(config)
     distributed.join(config, say)
+    devices.start()
     settings = dataclasses.asdict(config).items()
     distributed.agree({f"-{name}": value for name, value in settings if name not in distributed.MAY_DIFFER})
     if jax.process_index() != 0:
@@ -102,7 +103,7 @@ class Run:
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
         self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None}
-        self.progress |= {"seconds": 0.0, "samples_per_second": 0.0}
+        self.progress |= {"seconds": 0.0, "samples_per_second": 0.0, "hardware": report.hardware(chosen)}
         self.progress["data"] = digests
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
@@ -178,6 +179,8 @@ class Run:
             self.progress["sums"] = sums.tolist()
             if taken:
                 self.progress["samples_per_second"] = taken / (time.monotonic() - began)
+                # Not where a finished run is only called again: these figures are not from there.
+                self.progress["hardware"] = report.hardware(self.devices)
         self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)

@@ -44,10 +44,17 @@ def result(run) -> dict:
         "alpha": run.alphas(),
         "seconds": progress["seconds"],
         "samples_per_second": progress["samples_per_second"],
-        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in run.devices],
+        **progress["hardware"],
+        "settings": dataclasses.asdict(run.config),
+    }
+
+
+def hardware(devices) -> dict:
+    """Where this program computes: devices, machine and versions."""
+    return {
+        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "plif_jax": __version__, **_versions()},
-        "settings": dataclasses.asdict(run.config),
     }
 
 

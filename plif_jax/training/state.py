@@ -38,10 +38,9 @@ def set_precision(config):
     jax.config.update("jax_enable_x64", config.precision == "float64")
 
 
-def network(config, **settings):
+def network(config):
     """The network that a `Config` names, with its initial weights from the seed."""
-    if config.facts.events:
-        settings |= dict(channels=config.channels, number_layer=config.number_layer)
+    widths = dict(channels=config.channels, number_layer=config.number_layer) if config.facts.events else {}
     return NETWORKS[config.dataset_name](
         T=config.T,
         init_tau=config.init_tau,
@@ -51,7 +50,7 @@ def network(config, **settings):
         detach_reset=config.detach_reset,
         dtype=DTYPES[config.precision],
         rngs=nnx.Rngs(config.seed),
-        **settings,
+        **widths,
     )
 
 
