@@ -477,6 +477,13 @@ def test_spikingjellys_networks_have_its_names_and_biases(cls, channels, inputs)
         assert type(neuron.surrogate) is surrogate.ATan and neuron.surrogate.alpha == 3.0
 
 
+def test_spikingjellys_networks_are_as_wide_as_there():
+    for name, width in (("MNISTNet", 128), ("FashionMNISTNet", 128), ("CIFAR10Net", 256), ("DVSGestureNet", 128)):
+        cls = getattr(spikingjelly, name)
+        net = nnx.eval_shape(lambda cls=cls: cls(neurons.PLIF, rngs=nnx.Rngs(0)))
+        assert net.conv_fc[0].out_features == width
+
+
 def test_spikingjelly_gives_the_same_spikes():
     torch = pytest.importorskip("torch")
     parametric_lif_net = pytest.importorskip("spikingjelly.activation_based.model.parametric_lif_net")
