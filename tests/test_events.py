@@ -16,7 +16,8 @@ import pytest
 from event_files import random_events, write_nmnist
 
 import plif_jax
-from plif_jax.data import digits, event_cache, event_readers, events, frames, recordings, storage
+from plif_jax.config import Config
+from plif_jax.data import batches, digits, event_cache, event_readers, events, frames, recordings, storage
 from plif_jax.errors import UserError
 
 REPOSITORY = str(Path(plif_jax.__file__).parents[1])
@@ -315,11 +316,22 @@ def test_a_second_program_waits_until_the_first_is_done(tmp_path, capsys):
     assert f"Another program is writing {tmp_path / 'set'}: waiting" in capsys.readouterr().out
 
 
-def test_an_empty_half_is_refused(data):
-    for file in (data / "NMNIST" / "Test").rglob("*.bin"):
+@pytest.mark.parametrize("half, other", [("test", "train"), ("train", "test")])
+def test_one_half_may_be_missing_but_not_for_training(data, half, other):
+    whole = load(data)
+    for file in (data / "NMNIST" / half.title()).rglob("*.bin"):
         file.unlink()
-    with pytest.raises(UserError, match="holds no test recordings of NMNIST"):
-        load(data)
+    dataset = load(data)
+    assert getattr(dataset, half).x.shape == (0, 4, 34, 34, 2) and len(getattr(dataset, half).y) == 0
+    np.testing.assert_array_equal(getattr(dataset, other).x, getattr(whole, other).x)
+    config = Config(dataset_name="NMNIST", batch_size=4)
+    with pytest.raises(UserError, match=f"NMNIST has no sample for {half}: give more {half} samples; the data are"):
+        batches.partition(config, dataset)
+    if half == "train":
+        assert len(batches.test_part(config, dataset)) == 20
+    else:
+        with pytest.raises(UserError, match="no sample for test"):
+            batches.test_part(config, dataset)
 
 
 def test_settings_are_checked_before_anything_is_read(tmp_path):

@@ -57,21 +57,36 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
       UserError: a part is empty, or there are fewer training samples than a batch holds.
     """
     train = spread(dataset.train.y, config.train_samples)
-    parts = {"test": Samples(dataset.test, spread(dataset.test.y, config.test_samples))}
+    parts = {"test": test_part(config, dataset)}
     if config.val_ratio is not None:
         train, val = split_per_class(dataset.train.y, train, config.val_ratio)
         parts["val"] = Samples(dataset.train, val)
     parts["train"] = Samples(dataset.train, train)
     for name, part in parts.items():
-        if len(part) == 0:
-            more = f"more {name} samples"
-            if name == "val":  # so many of each class that one of them is left over
-                enough = config.facts.classes * math.ceil(1 / config.val_ratio)
-                more = f"-train_samples {enough} or more, or a larger -val_ratio"
-            raise UserError(f"{dataset.name} has no sample for {name}: give {more}; the data are {dataset.source}")
+        more = f"more {name} samples"
+        if name == "val":  # so many of each class that one of them is left over
+            enough = config.facts.classes * math.ceil(1 / config.val_ratio)
+            more = f"-train_samples {enough} or more, or a larger -val_ratio"
+        _refuse_empty(dataset, name, part, more)
     if len(train) < config.batch_size:
         raise UserError(f"{len(train)} training samples make no batch of -batch_size {config.batch_size}")
     return parts
+
+
+def test_part(config, dataset: Dataset) -> Samples:
+    """The samples that a run tests on; for training there need not be any.
+
+    Raises:
+      UserError: there are none.
+    """
+    part = Samples(dataset.test, spread(dataset.test.y, config.test_samples))
+    _refuse_empty(dataset, "test", part, "test samples")
+    return part
+
+
+def _refuse_empty(dataset, name, part, more):
+    if len(part) == 0:
+        raise UserError(f"{dataset.name} has no sample for {name}: give {more}; the data are {dataset.source}")
 
 
 def training_batches(seed: int, epoch: int, part: Samples, batch_size: int) -> np.ndarray:

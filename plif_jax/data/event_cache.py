@@ -33,15 +33,15 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
 
     Args:
         name: the data set's name, for people.
-        recordings: {"train": [...], "test": [...]}, each a list of `recordings.Recording`.
+        recordings: {"train": [...], "test": [...]} or one of them, each a list of `recordings.Recording`.
         sensor: height, width.
         cache_dir: where prepared sets are kept.
         T, split_by, normalization: as `frames.integrate` has them.
         progress: whether to show a bar.
 
     Returns:
-        {"train": x, "test": x}, memory maps [N, T, H, W, 2] of the smallest unsigned integers that hold the counts,
-        float32 where normalised; and the folder they lie in.
+        {"train": x, "test": x}, as given, memory maps [N, T, H, W, 2] of the smallest unsigned integers that hold the
+        counts, float32 where normalised; and the folder they lie in.
 
     Raises:
         UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.

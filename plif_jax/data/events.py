@@ -36,7 +36,8 @@ def load(
         progress: whether to show what is being done.
 
     Returns:
-        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number.
+        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number; N is 0 where
+        there are recordings for the other alone, which suffice to evaluate.
 
     Raises:
         UserError: another name, a wrong setting, recordings that are missing or damaged, or a cache that cannot be
@@ -46,22 +47,22 @@ def load(
     frames.check_settings(T, split_by, normalization)
     cache_dir = expanded(cache_dir or default_cache_dir())
     found = locate(name, data_root, cache_dir, cifar10dvs_split)
-    for split in ("train", "test"):
-        if not getattr(found, split):
-            raise UserError(f"{found.folder} holds no {split} recordings of {name}: training needs some of either.")
+    halves = {"train": found.train, "test": found.test}
+    sensor = DATASETS[name].shape[:2]
     x, folder = event_cache.prepare(
         name,
-        {"train": found.train, "test": found.test},
-        DATASETS[name].shape[:2],
+        {split: ours for split, ours in halves.items() if ours},
+        sensor,
         cache_dir,
         T=T,
         split_by=split_by,
         normalization=normalization,
         progress=progress,
     )
+    nothing = np.zeros((0, T, *sensor, 2), np.uint8)
     train, test = (
-        Split(x[split], np.array([r.label for r in ours], np.int32), len(ours), expected)
-        for split, ours, expected in zip(x, (found.train, found.test), found.expected, strict=True)
+        Split(x.get(split, nothing), np.array([r.label for r in ours], np.int32), len(ours), expected)
+        for (split, ours), expected in zip(halves.items(), found.expected, strict=True)
     )
     return Dataset(name, train, test, source=f"{found.folder} (frames in {folder})")
 
