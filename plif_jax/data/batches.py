@@ -80,7 +80,7 @@ def test_part(config, dataset: Dataset) -> Samples:
       UserError: there are none.
     """
     part = Samples(dataset.test, spread(dataset.test.y, config.test_samples))
-    _refuse_empty(dataset, "test", part, "test samples")
+    _refuse_empty(dataset, "test", part, "more test samples")
     return part
 
 
