@@ -234,6 +234,11 @@ def _conv3x3(x, kernel, *args, **kwargs):
 
 def dropout_key(rngs):
     """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream."""
+    if rngs is None:
+        raise UserError(
+            "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
+            "evaluate, or switch it off alone with net.set_attributes(deterministic=True)"
+        )
     if isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
     if not isinstance(rngs, jax.Array | np.ndarray) or (rngs.ndim == 0 and not _is_key(rngs)):
@@ -268,22 +273,22 @@ class Dropout(nnx.Module):
         self.rate = rate
         self.deterministic = False
 
+    @property
+    def drops(self):
+        """Whether it does anything, and needs a key for it."""
+        return not self.deterministic and self.rate > 0
+
     def __call__(self, x_TBF, rngs=None):
         """Masks x [T, B, ...]; rngs is a key, keys [B], or nnx.Rngs. Identity in evaluation mode or at rate 0.
 
         Raises:
           UserError: no key in training mode, no such key, or not one for each sample.
         """
-        if self.deterministic or self.rate == 0:
+        if not self.drops:
             return x_TBF
-        if rngs is None:
-            raise UserError(
-                "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
-                "evaluate, or switch it off alone with net.set_attributes(deterministic=True)"
-            )
+        keys, B = dropout_key(rngs), x_TBF.shape[1]
         if self.rate == 1:
             return jnp.zeros_like(x_TBF)
-        keys, B = dropout_key(rngs), x_TBF.shape[1]
         if keys.ndim and keys.shape != (B,):
             raise UserError(f"rngs are keys {list(keys.shape)} for {B} samples; give one key, or one for each sample")
         keys_B = keys if keys.ndim else jax.random.split(keys, B)

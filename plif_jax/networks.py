@@ -253,10 +253,11 @@ class SpikingNet(nnx.Module):
         x, still = self._as_frames(jnp.asarray(x))
         if state is not None and len(state) != len(self.named_neurons()):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
-        key = None
         before = None if state is None else iter(state)
         after, norm = [], None
         layers = list(self.named_layers().items())
+        # Before any layer: a call that fails for want of a key should not have moved the running statistics.
+        key = dropout_key(rngs) if any(isinstance(layer, Dropout) and layer.drops for _, layer in layers) else None
         for index, (name, layer) in enumerate(layers):
             following = layers[index + 1][1] if index + 1 < len(layers) else None
             shown = still and index == len(self.static_conv)
@@ -271,8 +272,6 @@ class SpikingNet(nnx.Module):
                 after.append(v)
                 norm = None
             elif isinstance(layer, Dropout):
-                if key is None and rngs is not None and not layer.deterministic:  # evaluation draws nothing from rngs
-                    key = dropout_key(rngs)
                 x = layer(x, None if key is None else _fold_in(key, index))
             else:
                 x = layer(x)

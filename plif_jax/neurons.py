@@ -28,8 +28,9 @@ class Neuron(nnx.Module):
     """A layer of spiking neurons; subclasses say how the membrane charges.
 
     Args:
-      v_threshold: membrane potential at and above which the neuron fires.
-      v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
+      v_threshold: membrane potential at and above which the neuron fires; an `nnx.Param` is learned.
+      v_reset: potential after a spike (hard reset), which may be learned too; None subtracts v_threshold instead (soft
+        reset).
       detach_reset: lets no gradient through the spike in the reset, as the paper trains.
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
 
@@ -53,8 +54,12 @@ class Neuron(nnx.Module):
             raise UserError(f"surrogate is {name}; give one that is made, surrogate.ATan() say")
 
     def charge(self, v, x):
-        """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise."""
-        raise NotImplementedError
+        """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise.
+
+        It is pure: it changes no variable and draws from no `nnx.Rngs`. What changes over time belongs in the state,
+        see `rest`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no charge, which says how its membrane charges")
 
     def step(self, v, x):
         """One timestep: (v[t-1], x[t]) to (v[t], s[t]), all of shape [...]; pure, so that `lax.scan` can take it."""
@@ -99,8 +104,8 @@ class Neuron(nnx.Module):
                 f"rest of {type(self).__name__} gives a {type(rest).__name__}; stack its states in one array"
             )
         if v is not None:
-            if jnp.shape(v) != rest.shape:
-                raise UserError(f"membrane of shape {jnp.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
+            if np.shape(v) != rest.shape:
+                raise UserError(f"membrane of shape {np.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
             v = jnp.asarray(v, rest.dtype)
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest

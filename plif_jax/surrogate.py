@@ -68,11 +68,11 @@ class Surrogate(nnx.Module):
 
     def primitive(self, x):
         """The smooth function g whose derivative stands in for the spike's."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no primitive")
 
     def derivative(self, x):
         """g'(x), written by hand so that it can be checked against the derivative of `primitive`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no derivative, which stands in for the spike's")
 
     def alpha_derivative(self, x):
         """dg/dalpha at x; by autodiff of `primitive` unless a subclass knows better."""

@@ -296,6 +296,14 @@ def max_pool_first():
     return networks.SpikingNet(table, SHAPE, CLASSES, T=T, rngs=nnx.Rngs(0))
 
 
+def test_thresholds_of_channels_stay_those_of_channels():
+    thresholds = np.linspace(0.1, 0.8, trained().static_conv[0].out_features)
+    net = with_neuron(v_threshold=nnx.Param(jnp.asarray(thresholds).reshape(1, 1, 1, -1)))
+    thresholds = np.asarray(net.conv[0].v_threshold[...]).ravel()
+    node = nir_interop.to_nir(net).nodes["conv_0"]
+    np.testing.assert_array_equal(node.v_threshold, np.broadcast_to(thresholds[:, None, None], node.v_threshold.shape))
+
+
 def test_what_nir_cannot_express_is_refused():
     with pytest.raises(UserError, match=r"conv_0 has a soft reset"):
         nir_interop.to_nir(with_neuron(v_reset=None))

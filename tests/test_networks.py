@@ -100,6 +100,14 @@ def test_reference_case(name, x64, rolled):
 # Time
 
 
+@pytest.mark.parametrize("rngs", [None, 0])
+def test_a_call_without_a_key_moves_no_statistics(rngs):
+    net = small()
+    with pytest.raises(UserError, match=r"needs a key|rngs is 0; give jax.random.key"):
+        net(frames(net), rngs=rngs)
+    assert not net.conv[1].mean[...].any()
+
+
 @pytest.mark.parametrize("B, cuts", [(2, [1]), (1, [1, 2, 3])], ids=["two chunks", "live"])
 @pytest.mark.parametrize("settings", [{"channels": 16}, {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}])
 def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(B, cuts, settings):

@@ -88,9 +88,15 @@ def _any_spike(shape, dt):
     return _lif(shape, tau=2 * dt, v_threshold=1 / 16, v_reset=0.0)
 
 
+def _of_each(setting, shape):
+    """A setting of neurons [H, W, C] or [N], one number or as their membranes broadcast it, as NIR lays them out."""
+    setting = setting[...] if isinstance(setting, nnx.Variable) else setting
+    return np.ascontiguousarray(np.moveaxis(np.broadcast_to(np.asarray(setting), (1, *shape))[0], -1, 0))
+
+
 def _lif(shape, tau, v_threshold, v_reset):
     # float64: a time constant in float32 would come back as another.
-    tau, r, v_threshold, v_reset = (np.full(channels_first(shape), a) for a in (tau, 1.0, v_threshold, v_reset))
+    tau, r, v_threshold, v_reset = (_of_each(a, shape) for a in (tau, 1.0, v_threshold, v_reset))
     return nir.LIF(tau=tau, r=r, v_leak=v_reset, v_threshold=v_threshold, v_reset=v_reset)
 
 
@@ -103,9 +109,7 @@ def _neuron_to_nir(name, neuron, shape, dt):
     if type(neuron) is neurons.LIF:
         return _lif(shape, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.IF:
-        r, v_threshold, v_reset = (
-            np.full(channels_first(shape), a) for a in (1 / dt, neuron.v_threshold, neuron.v_reset)
-        )
+        r, v_threshold, v_reset = (_of_each(a, shape) for a in (1 / dt, neuron.v_threshold, neuron.v_reset))
         return nir.IF(r=r, v_threshold=v_threshold, v_reset=v_reset)
     raise UserError(f"{name} is a {type(neuron).__name__}; NIR has IF and LIF neurons, which PLIF becomes too")
 
