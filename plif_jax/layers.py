@@ -176,24 +176,30 @@ class _InPieces:
         super().__init__(*args, **kwargs)
         self.use_running_average = False  # named as in `BatchNorm`: what Flax switches for evaluation
 
-    def _in_pieces(self, layer, x, feature_axes, size):
-        """layer(x) for x [T, B, features ...], in evaluation on a CPU `size` of the T B at a time."""
-        leading, features = x.shape[:-feature_axes], x.shape[-feature_axes:]
-        count = math.prod(leading)
-        if not self.use_running_average or not isinstance(count, int):  # exported for any B, they cannot be counted
-            return layer(x)
-
-        def by_pieces(x):
-            filled = jnp.pad(x.reshape(count, *features), [(0, -count % size)] + [(0, 0)] * feature_axes)
-            y = lax.map(layer, filled.reshape(-1, size, *features))
-            return y.reshape(-1, *y.shape[2:])[:count].reshape(*leading, *y.shape[2:])
-
-        return lax.platform_dependent(x, cpu=by_pieces, default=layer)
+    def _in_pieces(self, base, x, feature_axes, size):
+        """`base`'s result for x [T, B, features ...], in evaluation on a CPU from `size` of the T B at a time."""
+        if not self.use_running_average or not isinstance(math.prod(x.shape[:-feature_axes]), int):
+            return base.__call__(self, x)  # exported for any B, they cannot be counted
+        return _by_pieces(base, feature_axes, size, *nnx.split(self), x)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: evaluation mode, named as in `BatchNorm`."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # called outside jit it is traced once and not at every call
+def _by_pieces(base, feature_axes, size, graphdef, state, x):
+    layer = partial(base.__call__, nnx.merge(graphdef, state))
+    leading, features = x.shape[:-feature_axes], x.shape[-feature_axes:]
+    count = math.prod(leading)
+
+    def by_pieces(x):
+        filled = jnp.pad(x.reshape(count, *features), [(0, -count % size)] + [(0, 0)] * feature_axes)
+        y = lax.map(layer, filled.reshape(-1, size, *features))
+        return y.reshape(-1, *y.shape[2:])[:count].reshape(*leading, *y.shape[2:])
+
+    return lax.platform_dependent(x, cpu=by_pieces, default=layer)
 
 
 class Linear(_InPieces, nnx.Linear):
@@ -203,7 +209,7 @@ class Linear(_InPieces, nnx.Linear):
 
     def __call__(self, x_TBF):
         """x [T, B, in] to [T, B, out]."""
-        return self._in_pieces(super().__call__, x_TBF, 1, self.ROWS)
+        return self._in_pieces(nnx.Linear, x_TBF, 1, self.ROWS)
 
 
 class Conv(_InPieces, nnx.Conv):
@@ -211,7 +217,7 @@ class Conv(_InPieces, nnx.Conv):
 
     def __call__(self, x_TBHWC):
         """x [T, B, H, W, C] to [T, B, H', W', features]."""
-        return self._in_pieces(super().__call__, x_TBHWC, 3, 1)
+        return self._in_pieces(nnx.Conv, x_TBHWC, 3, 1)
 
 
 class Conv3x3(Conv):
