@@ -98,10 +98,10 @@ def run(name, more, logs, deadline):
     script, *own = script.split()
     command = [sys.executable, ROOT / "experiments" / script, *own, *flags]
     code = None
-    with signals.listening() as stop:
-        # In a session of its own: Ctrl-C reaches this program alone, and after a second signal the run goes on saving.
+    with _recording() as told:
+        # In a session of its own: Ctrl-C reaches this program alone, and a second signal would end the run unsaved.
         program = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        while code is None and not stop.signum and time.monotonic() < deadline:
+        while code is None and not told and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = program.wait(0.5)
         if code is None:
@@ -111,8 +111,20 @@ def run(name, more, logs, deadline):
         raise UserError(f"{name} ended with status {code}; its messages are above")
     keep(name, settings)
     write_page()
-    if stop.signum:
-        raise signals.Interrupted(stop.signum)
+    if told:
+        raise signals.Interrupted(told[0])
+
+
+@contextlib.contextmanager
+def _recording():
+    """Records SIGTERM and SIGINT in the list that it gives; none of them ends this program before its run has saved."""
+    told = []
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in signals.SIGNALS}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep(name, settings):

@@ -77,7 +77,8 @@ class Neuron(nnx.Module):
         """
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         axes = jax.typeof(x).sharding.spec[1:]  # explicit ones, of which a scan asks that its carry has them too
-        return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype, out_sharding=jax.P(*axes) if any(axes) else None)
+        explicit = any(axes) and not jax.sharding.get_abstract_mesh().empty
+        return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype, out_sharding=jax.P(*axes) if explicit else None)
 
     def unroll(self, v, x, *, T=None):
         """Runs currents x [T, ...] from the membrane v [...] (None: at rest).

@@ -137,7 +137,8 @@ def instantiated(bars, x):
     """Gradients in numbers, varying as x does: zeros where they are symbolic ones."""
 
     def zeros(aval):
-        return vary_alike(jnp.zeros(aval.shape, aval.dtype), x)[0]
+        sharding = aval.sharding if any(aval.sharding.spec) else None
+        return vary_alike(jnp.zeros(aval.shape, aval.dtype, out_sharding=sharding), x)[0]
 
     return jax.tree.map(lambda bar: zeros(bar.aval) if isinstance(bar, SymbolicZero) else bar, bars)
 
