@@ -127,7 +127,7 @@ def main(argv):
             raise UserError(f"-{name}_pj {pj}: an energy is a number from 0")
     config, net = load_network(flags.run, flags.checkpoint)
     config = config.elsewhere(flags.data_root, flags.cache_dir)
-    part = batches.test_part(config, data.load(config))
+    part = batches.test_part(config, data.load(config, to_train=False))
     if not 0 <= flags.sample < len(part):
         raise UserError(f"-sample {flags.sample}: the run tests on {len(part)} samples; give 0 to {len(part) - 1}")
     folder = flags.run / "figures"

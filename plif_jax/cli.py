@@ -45,7 +45,7 @@ def run(main):
             print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
             _leave(2)
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            full = "a device's memory is full; a smaller batch, T or width takes less, as does -data_on_device no"
+            full = "a device's memory is full; a smaller batch, T or width takes less"
             print(f"{Path(sys.argv[0]).name}: {full} ({str(error).splitlines()[0]})", file=sys.stderr)
             _leave(2)
         traceback.print_exc()

@@ -164,7 +164,7 @@ def _types(field):
 def _checked(field, value):
     """A field's value of its plain type, a whole number as the float that is asked for: runs are named by them."""
     allowed, bounds = _types(field), field.metadata
-    if isinstance(value, np.generic):
+    if isinstance(value, np.bool_ | np.integer | np.floating | np.str_):
         value = value.item()
     elif isinstance(value, os.PathLike):
         value = os.fspath(value)

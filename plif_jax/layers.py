@@ -215,16 +215,32 @@ class Linear(_InPieces, nnx.Linear):
 class Conv(_InPieces, nnx.Conv):
     """`flax.nnx.Conv` over sequences [T, B, H, W, C], which to evaluate on a CPU goes image by image."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("strides", "padding", "kernel_dilation", "input_dilation"):  # Flax takes lists, `jax.jit` does not
+            setattr(self, name, _as_tuples(getattr(self, name)))
+
     def __call__(self, x_TBHWC):
         """x [T, B, H, W, C] to [T, B, H', W', features]."""
         return self._in_pieces(nnx.Conv, x_TBHWC, 3, 1)
 
 
 class Conv3x3(Conv):
-    """3x3 convolution of maps that keep their size, by `convolution.conv3x3`."""
+    """3x3 convolution without bias, padding 1, by `convolution.conv3x3`; initialised as PyTorch does."""
 
-    def __init__(self, in_features, features, **kwargs):
-        super().__init__(in_features, features, (3, 3), padding=1, conv_general_dilated=_conv3x3, **kwargs)
+    def __init__(self, in_features, features, *, dtype=None, param_dtype=float, rngs):
+        super().__init__(
+            in_features,
+            features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=torch_default_init,
+            conv_general_dilated=_conv3x3,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x_TBHWC):
         """x [T, B, H, W, C] to [T, B, H, W, features]."""
@@ -233,6 +249,11 @@ class Conv3x3(Conv):
         # Winograd's products of 64 rows or more gave the same bits for any number of images, smaller ones did not.
         together = by_winograd and -(-H // 2) * -(-W // 2) >= 64
         return nnx.Conv.__call__(self, x_TBHWC) if together else super().__call__(x_TBHWC)
+
+
+def _as_tuples(setting):
+    """A setting with tuples for its lists."""
+    return tuple(map(_as_tuples, setting)) if isinstance(setting, list | tuple) else setting
 
 
 def _conv3x3(x, kernel, *args, **kwargs):

@@ -61,16 +61,7 @@ def conv(features):
 
     def build(net, shape, rngs):
         *size, C = shape
-        layer = Conv3x3(
-            C,
-            features,
-            use_bias=False,
-            kernel_init=torch_default_init,
-            dtype=net.dtype,
-            param_dtype=float,
-            rngs=rngs,
-        )
-        return layer, (*size, features)
+        return Conv3x3(C, features, dtype=net.dtype, rngs=rngs), (*size, features)
 
     return build
 

@@ -44,7 +44,7 @@ def ended(monkeypatch, capfd):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more"),
             2,
-            "train.py: a device's memory is full; a smaller batch, T or width takes less, as does -data_on_device no "
+            "train.py: a device's memory is full; a smaller batch, T or width takes less "
             "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)\n",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "train.py: a file: No space left on device\n"),

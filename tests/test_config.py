@@ -53,6 +53,8 @@ def test_paths_and_numpys_numbers_are_taken_as_what_they_say():
     config = Config(dataset_name="MNIST", **given)
     assert config == Config(dataset_name="MNIST", init_tau=2.0, seed=3, use_plif=True, data_root="data")
     assert Config.from_json(config.to_json()) == config
+    with pytest.raises(UserError, match="seed is a whole number"):
+        Config(dataset_name="MNIST", seed=np.datetime64(5, "ns"))
 
 
 @pytest.mark.parametrize("spelling", (["-T", "5"], ["--T", "5"], ["-T=5"], ["--T=5"]))

@@ -317,20 +317,22 @@ def test_a_second_program_waits_until_the_first_is_done(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("half, other", [("test", "train"), ("train", "test")])
-def test_one_half_may_be_missing_but_not_for_training(data, half, other):
+def test_one_half_may_be_missing_but_not_to_train(data, half, other):
     whole = load(data)
     for file in (data / "NMNIST" / half.title()).rglob("*.bin"):
         file.unlink()
-    dataset = load(data)
+    shutil.rmtree(data.parent / "cache")
+    with pytest.raises(UserError, match=f"holds no {half} recordings of NMNIST: training needs some of either"):
+        load(data)
+    assert not (data.parent / "cache").exists()  # nothing was prepared in vain
+    dataset = load(data, to_train=False)
     assert getattr(dataset, half).x.shape == (0, 4, 34, 34, 2) and len(getattr(dataset, half).y) == 0
     np.testing.assert_array_equal(getattr(dataset, other).x, getattr(whole, other).x)
     config = Config(dataset_name="NMNIST", batch_size=4)
-    with pytest.raises(UserError, match=f"NMNIST has no sample for {half}: give more {half} samples; the data are"):
-        batches.partition(config, dataset)
     if half == "train":
         assert len(batches.test_part(config, dataset)) == 20
     else:
-        with pytest.raises(UserError, match="no sample for test"):
+        with pytest.raises(UserError, match="NMNIST has no sample for test: give more test samples; the data are"):
             batches.test_part(config, dataset)
 
 

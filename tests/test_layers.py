@@ -146,14 +146,13 @@ def test_running_statistics_are_moved_in_full_precision():
 @pytest.mark.parametrize(
     "layer, shape",
     [
-        (lambda rngs: layers.Linear(40, 8, rngs=rngs), (40,)),
+        (lambda rngs: layers.Linear(400, 100, rngs=rngs), (400,)),
         (lambda rngs: layers.Conv3x3(2, 16, rngs=rngs), (34, 34, 2)),
-        (lambda rngs: layers.Conv3x3(16, 16, rngs=rngs), (17, 17, 16)),
         (lambda rngs: layers.Conv3x3(128, 128, rngs=rngs), (4, 4, 128)),
-        (lambda rngs: layers.Conv3x3(32, 32, rngs=rngs), (10, 10, 32)),  # by Winograd's algorithm
-        (lambda rngs: layers.Conv(16, 24, (5, 5), strides=2, rngs=rngs), (15, 15, 16)),
+        (lambda rngs: layers.Conv3x3(40, 40, rngs=rngs), (10, 10, 40)),  # by Winograd's algorithm
+        (lambda rngs: layers.Conv(64, 64, (3, 3), strides=[2, 2], padding=[1, 1], rngs=rngs), (9, 9, 64)),
     ],
-    ids=["linear", "few channels", "narrow", "small maps", "Winograd", "strided"],
+    ids=["linear", "few channels", "small maps", "Winograd", "strided"],
 )
 def test_to_evaluate_one_gives_the_bits_that_it_gives_among_others(layer, shape):
     layer = layer(nnx.Rngs(0))

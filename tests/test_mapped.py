@@ -121,7 +121,8 @@ def test_sharded_arrays_under_jit():
 
 
 @pytest.mark.parametrize("rows", [3, 1])
-def test_a_neuron_takes_currents_with_explicit_axes(rows):
+@pytest.mark.parametrize("used", ["both", "membranes"])
+def test_a_neuron_takes_currents_with_explicit_axes(rows, used):
     neuron = neurons.PLIF()
     graphdef, state = nnx.split(neuron)
     x = jnp.asarray(np.random.default_rng(0).normal(1, 1, (rows, 4, 5)), jnp.float32)
@@ -129,7 +130,8 @@ def test_a_neuron_takes_currents_with_explicit_axes(rows):
     def results(unroll, state, x):
         def loss(state, x):
             v, spikes = unroll(nnx.merge(graphdef, state), x)
-            return (spikes * jnp.arange(5.0).reshape(1, 1, 5)).sum() + jnp.square(v).sum(), spikes
+            of_spikes = (spikes * jnp.arange(5.0).reshape(1, 1, 5)).sum() if used == "both" else 0
+            return of_spikes + jnp.square(v).sum(), spikes
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(state, x)
 
@@ -140,13 +142,17 @@ def test_a_neuron_takes_currents_with_explicit_axes(rows):
         return neuron.unroll_by_autodiff(None, jnp.tile(x, (3 // rows, 1, 1)))
 
     whole = results(once, state, x)
-    with jax.set_mesh(jax.make_mesh((2,), ("batch",), (AxisType.Explicit,), devices=jax.devices()[:2])):
+    mesh = jax.make_mesh((2,), ("batch",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
         shared = jax.device_put(x, PartitionSpec(None, "batch"))
         for unroll in (once, definition):
             found = results(unroll, state, shared)
             assert jax.typeof(found[0][1]).sharding.spec == PartitionSpec(None, "batch", None)
             for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
                 np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    elsewhere = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "batch")))  # and no mesh is set
+    for run in (lambda x: once(neuron, x)[1], jax.jit(lambda x: once(neuron, x)[1])):
+        np.testing.assert_array_equal(run(elsewhere), whole[0][1])
 
 
 def test_of_explicit_axes_it_says_how_to_make_them_automatic():

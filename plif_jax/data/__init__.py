@@ -8,8 +8,11 @@ def expected(name) -> tuple[int, int]:
     return tuple(image_files.EXPECTED[name].values()) if name in image_files.EXPECTED else recordings.EXPECTED[name]
 
 
-def load(config, progress=True):
+def load(config, progress=True, to_train=True):
     """The data set that a `plif_jax.config.Config` names, as a `plif_jax.data.dataset.Dataset`.
+
+    `to_train` refuses event data of which a half is missing before anything is prepared; to evaluate, the test
+    recordings suffice.
 
     Raises:
       UserError: it is not there and cannot be fetched, or a file of it is damaged; the line says which.
@@ -27,4 +30,5 @@ def load(config, progress=True):
         normalization=config.normalization,
         cifar10dvs_split=config.cifar10dvs_split,
         progress=progress,
+        to_train=to_train,
     )

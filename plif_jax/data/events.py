@@ -21,6 +21,7 @@ def load(
     normalization: str | None = None,
     cifar10dvs_split: str = "paper",
     progress: bool = True,
+    to_train: bool = True,
 ) -> Dataset:
     """Load an event data set as frames.
 
@@ -34,10 +35,11 @@ def load(
         T, split_by, normalization: as `frames.integrate` has them.
         cifar10dvs_split: "paper" or "tebn", as `recordings.split_cifar10dvs` has them.
         progress: whether to show what is being done.
+        to_train: whether both halves are needed.
 
     Returns:
-        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number; N is 0 where
-        there are recordings for the other alone, which suffice to evaluate.
+        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number; N is 0 in a
+        half that is missing.
 
     Raises:
         UserError: another name, a wrong setting, recordings that are missing or damaged, or a cache that cannot be
@@ -48,6 +50,9 @@ def load(
     cache_dir = expanded(cache_dir or default_cache_dir())
     found = locate(name, data_root, cache_dir, cifar10dvs_split)
     halves = {"train": found.train, "test": found.test}
+    for split in halves:
+        if to_train and not halves[split]:
+            raise UserError(f"{found.folder} holds no {split} recordings of {name}: training needs some of either.")
     sensor = DATASETS[name].shape[:2]
     x, folder = event_cache.prepare(
         name,

@@ -27,7 +27,7 @@ def evaluate(config, net, progress=True) -> dict:
     """
     chosen = jax.local_devices()[:1]
     config = dataclasses.replace(config, batch_size=min(config.batch_size, 16))  # the run's was for all its devices
-    part = batches.test_part(config, data.load(config, progress=progress))
+    part = batches.test_part(config, data.load(config, progress=progress, to_train=False))
     feed = batches.Feed(part.split, chosen, config.data_on_device)
     graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
     run = step.make_evaluate(config, graphdef, chosen, feed.axis, firing_rates=True)

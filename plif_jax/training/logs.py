@@ -41,7 +41,8 @@ def _read(path):
     points = []
     for number, line in enumerate(lines, 1):
         try:
-            points += [_point(line)] if line else []
+            if line:
+                points.append(_point(line))
         except ValueError as error:
             mend = "the command that trained the run leaves the line out"
             raise UserError(f"{path} is damaged in line {number} ({error}); {mend}") from None
