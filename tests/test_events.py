@@ -284,12 +284,13 @@ def test_a_worker_that_ends_early_is_told(data, parts_of_ten, monkeypatch):
 
 def test_a_worker_whose_program_was_killed_ends_quietly():
     command = [sys.executable, "-m", "plif_jax.data.event_worker"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    worker.stdout.close()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     job = {"path": "", "recordings": [["/nowhere.bin", 0, None, None]], "T": 1, "sensor": [1, 1]}
-    worker.stdin.write(json.dumps(job | {"split_by": "number", "normalization": None}).encode() + b"\n")
-    worker.stdin.close()
-    assert worker.wait(60) == 0 and worker.stderr.read() == b""
+    with subprocess.Popen(command, **pipes) as worker:
+        worker.stdout.close()
+        worker.stdin.write(json.dumps(job | {"split_by": "number", "normalization": None}).encode() + b"\n")
+        worker.stdin.close()
+        assert worker.wait(60) == 0 and worker.stderr.read() == b""
 
 
 def test_two_programs_may_prepare_the_same_set_at_once(data):
