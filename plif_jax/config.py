@@ -44,8 +44,12 @@ class Config:
     alpha_learnable: bool = _field("learn the surrogate's alpha", False)
     detach_reset: bool = _field("let no gradient through the reset", False)
     T: int = _field("timesteps; the paper's for the data set if absent", None, least=1)
-    channels: int = _field("width of the convolutions, event data only; the paper's if absent", None, least=1)
-    number_layer: int = _field("number of convolutions, event data only; the paper's if absent", None, least=1)
+    channels: int = _field(
+        "width of the convolutions, event data only; the data set's usual one if absent", None, least=1
+    )
+    number_layer: int = _field(
+        "number of convolutions, event data only; the data set's usual one if absent", None, least=1
+    )
     split_by: str = _field("frames of equal number of events, or of equal time", "number", choices=("number", "time"))
     normalization: str | None = _field(
         "of event frames; counts if absent", None, choices=("frequency", "max", "norm", "sum", None)

@@ -27,7 +27,7 @@ def conv3x3(x, kernel):
     """3x3 convolution, padding 1, stride 1, of x [N, H, W, C] with kernel [3, 3, C, O]: [N, H, W, O].
 
     On a CPU: Winograd's F(2x2, 3x3) where there are channels enough, which is exact but for rounding, and the kernel's
-    gradient image by image. On a GPU: of up to `PATCH_CHANNELS` channels, products of patches.
+    gradient a few images at a time. On a GPU: of up to `PATCH_CHANNELS` channels, products of patches.
 
     Reference: Lavin and Gray, CVPR 2016, "Fast algorithms for convolutional neural networks".
     """

@@ -23,7 +23,7 @@ MAX_UNROLL_FORWARD = 8
 
 
 def _scan(step, carry, xs, T, forward_only=False, **kwargs):
-    most = min(MAX_UNROLL, MAX_UNROLL_FORWARD) if forward_only else MAX_UNROLL
+    most = MAX_UNROLL_FORWARD if forward_only else MAX_UNROLL
     return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= most else 1, **kwargs)
 
 

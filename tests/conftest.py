@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the tests' time; see `optimized`
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -67,10 +68,22 @@ def back_to_float32():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture(scope="module")
+def optimized():
+    """Compiled as for users: for tests of the last bit, which is the compiler's, and for those that run long."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled otherwise
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rolled(monkeypatch):
     """Many unrolled timesteps compile slowly, and give the same numbers."""
     monkeypatch.setattr(sequence, "MAX_UNROLL", 1)
+    monkeypatch.setattr(sequence, "MAX_UNROLL_FORWARD", 1)
 
 
 @pytest.fixture(scope="session")

@@ -205,7 +205,7 @@ def test_a_recording_written_anew_is_read_anew(tmp_path):
         assert prepared["train"][0, 0, 0, x, 1] == 2
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(data, parts_of_ten, monkeypatch):
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(data, parts_of_ten):
     """A limit on the size of files makes the system refuse the joined array as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))

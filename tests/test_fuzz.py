@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from functools import partial
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +24,9 @@ from event_files import random_events, write_aedat2, write_aedat3
 from hypothesis import strategies as st
 
 from plif_jax import config as configs
+from plif_jax.analysis import reference
 from plif_jax.config import Config
-from plif_jax.data import digits, event_readers, image_files
+from plif_jax.data import archives, digits, event_readers, image_files, recordings
 from plif_jax.interop import torch_files
 from plif_jax.training import checkpoint, logs
 
@@ -151,6 +153,91 @@ def test_cifar_batches(tmp_path, name, contents, examples):
         path.write_bytes(content)
         splits = refused_or_read(lambda: image_files.read("CIFAR10", {name: path}))
         assert splits is None or splits["train"][0].shape[1:] == (32, 32, 3)
+
+    try_all(contents, check, examples)
+
+
+@pytest.mark.parametrize(
+    "name, contents",
+    [
+        ("Train.zip", lambda: damaged(stored({"Train/0/1.bin": bytes(50)}))),
+        ("CIFAR10DVS.zip", lambda: damaged(stored({"airplane.zip": stored({"airplane/a_0.aedat": bytes(50)})}))),
+        ("DvsGesture.tar.gz", lambda: damaged(gzip.compress(cifar_archive(), mtime=0))),
+        ("DvsGesture.tar.gz", lambda: damaged(cifar_archive()).map(checked).map(gzip.compress)),
+    ],
+    ids=["zip", "zip in zip", "tar.gz", "tar in gz"],
+)
+@both_forms
+def test_archives(tmp_path, name, contents, examples):
+    """Also what is unpacked stays within its folder, and nothing half is left."""
+    cache, before = tmp_path / "cache", {tmp_path / name, tmp_path / "cache"}
+
+    def check(content):
+        shutil.rmtree(cache, ignore_errors=True)
+        (tmp_path / name).write_bytes(content)
+        folder = refused_or_read(lambda: archives.unpacked(tmp_path / name, cache))
+        assert set(tmp_path.iterdir()) <= before
+        assert folder or not [path for path in (cache / "unpacked").glob("*") if path.suffix != ".lock"]
+
+    try_all(contents(), check, examples)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("labels.txt", b"1 1\n2 11\n3 4 and more\n"),
+        ("user01_fluorescent_labels.csv", b"class,startTime_usec,endTime_usec\n1,10,20\n11,20,400\n"),
+        ("trials_to_train.txt", b"user01_fluorescent.aedat\nuser01_led.aedat\n"),
+    ],
+)
+@both_forms
+def test_lists_of_recordings(tmp_path, name, content, examples):
+    folder, cache = tmp_path / "DvsGesture", tmp_path / "cache"
+    folder.mkdir()
+    if name == "labels.txt":
+        for number in (1, 2, 3):
+            five_bytes(folder / f"{number}.bs2")
+    else:
+        (folder / "trials_to_train.txt").write_text("user01_fluorescent.aedat")
+        (folder / "user01_fluorescent_labels.csv").write_text("class,start,end\n1,10,20")
+        (folder / "user01_fluorescent.aedat").write_bytes(b"")
+
+    def check(content):
+        (folder / name).write_bytes(content)
+        found = refused_or_read(lambda: recordings.find("DVS128Gesture", tmp_path, cache))
+        assert found is None or all(0 <= recording.label < 11 for recording in found.train)
+
+    try_all(damaged(content), check, examples)
+
+
+def framed(record):
+    """Bytes as the one record of an event file, with the right checksums."""
+    return logs._framed(SimpleNamespace(SerializeToString=lambda: record))
+
+
+RUN = Config(dataset_name="MNIST").run_name
+SCALAR = logs._scalar({"tag": "test_accuracy", "step": 3, "value": 0.5, "time": 1.5})
+
+
+@pytest.mark.parametrize(
+    "name, contents",
+    [
+        (f"run-{RUN}-tag-w0.csv", damaged(b"Wall time,Step,Value\n1.6e9,3,0.5\n1.6e9,4,0.5\n")),
+        ("accuracy_B/MNIST.csv", damaged(b"epoch,val_accuracy,test_accuracy,seconds\n0,0.44,0.47,486\n")),
+        (f"{RUN}/events.out.tfevents.1.here", damaged(SCALAR * 3)),
+        (f"{RUN}/events.out.tfevents.1.here", damaged(SCALAR[12:-4]).map(framed)),
+    ],
+    ids=["csv", "accuracy-B", "events", "record in events"],
+)
+@both_forms
+def test_curves_of_others(tmp_path, name, contents, examples):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+
+    def check(content):
+        (tmp_path / name).write_bytes(content)
+        (files,) = reference.find(tmp_path).values()
+        for points in (refused_or_read(lambda: reference.read(files)) or {}).values():
+            assert all(isinstance(at, int) and isinstance(value, float) for at, value in points)
 
     try_all(contents, check, examples)
 

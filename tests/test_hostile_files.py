@@ -124,7 +124,7 @@ def test_modules_that_share_their_weights_do_not_multiply_them(tmp_path):
     assert len(refused_or_read(lambda: torch_files.read(path)).arrays) == 500
 
 
-def test_a_surrogate_whose_alpha_is_no_number(tmp_path):
+def test_a_surrogate_whose_alpha_is_no_number():
     alpha = ()
     for _ in range(22):
         alpha = (alpha, alpha)

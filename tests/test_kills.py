@@ -27,7 +27,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(shared):
-    """A run that nothing interrupts, and what it took: (config, seconds)."""
+    """The settings of a run that nothing interrupted."""
     settings = SETTINGS | {"log_dir_prefix": str(shared / "logs"), "max_epoch": 8}
     config = Config(**settings, device="cpu:0")
     with started(config, folder=shared) as program:
@@ -119,7 +119,7 @@ def test_a_signal_is_answered_by_saving_and_its_exit_status(whole, shared, tmp_p
     assert f"stopped by {signum.name} at step {max(saved(config))}; saved: the same command continues" in program.said()
 
 
-def test_a_second_signal_ends_a_busy_program_at_once(tmp_path):
+def test_a_second_signal_ends_a_busy_program_at_once():
     """Busy as in a long compilation: in one call, from which the interpreter does not return to its handlers."""
     script = """
 import hashlib

@@ -10,6 +10,8 @@ from reference import cases
 from plif_jax import layers
 from plif_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def randn(seed, *shape):
     return cases.array(seed, shape)

@@ -16,6 +16,7 @@ from plif_jax import networks, neurons
 from plif_jax.errors import UserError
 from plif_jax.interop import torch as torch_interop
 
+pytestmark = pytest.mark.usefixtures("optimized")
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "networks.json").read_text())
 
 

@@ -16,6 +16,7 @@ from reference import cases
 from plif_jax import neurons, sequence, surrogate
 from plif_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
 REFERENCE = np.load(Path(__file__).parent / "reference" / "neurons.npz")
 RESETS = (0.0, 0.2, None)
 

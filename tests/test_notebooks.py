@@ -6,7 +6,8 @@ import jax
 import matplotlib
 import pytest
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # one worker: 5 reads the run that 3 has trained
+# One worker: 5 reads the run that 3 has trained.
+pytestmark = [pytest.mark.xdist_group("notebooks"), pytest.mark.usefixtures("optimized")]
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 

@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_both(together, shared, tmp_path)
 
 
 @pytest.mark.faults
-def test_a_mistake_ends_both_at_once(settings, shared, tmp_path):
+def test_a_mistake_ends_both_at_once(settings, tmp_path):
     config = Config(**settings | {"log_dir_prefix": str(tmp_path), "batch_size": 6})
     with started(*as_processes(config), folder=tmp_path, devices=2) as programs:
         codes = [program.end(within=120) for program in programs]

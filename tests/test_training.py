@@ -206,7 +206,7 @@ def test_a_long_epoch_is_saved_in_its_middle(whole, tmp_path, monkeypatch):
     assert_same_run(config, whole[0])
 
 
-def test_a_run_goes_on_with_other_steps_per_call_where_it_was_stopped(settings, monkeypatch):
+def test_a_run_goes_on_with_other_steps_per_call_where_it_was_stopped(monkeypatch):
     for steps, K in [(5, 1), (5, 2), (6, 3), (7, 32)]:
         monkeypatch.setattr(loop, "steps_per_call", lambda config, chosen, K=K: K)
         run = SimpleNamespace(config=None, devices=None, steps_per_epoch=steps)
@@ -226,7 +226,7 @@ def test_bfloat16_trains_float32_weights(settings, tmp_path):
 
 
 @pytest.mark.parametrize("K", [1, 32])
-def test_every_256th_step_is_logged(settings, K):
+def test_every_256th_step_is_logged(K):
     logged, index = [], np.zeros((608, 8), int)
     run = SimpleNamespace(main=True, logs=SimpleNamespace(add=lambda *point: logged.append(point)))
     for first in range(600, 600 + 608, K):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plif_jax.networks import NETWORKS
+from plif_jax.networks import NETWORKS, Pool
 from plif_jax.neurons import Neuron
 
 
@@ -52,6 +52,6 @@ def traffic(network, batch):
     for layer, entering, leaving in _observed(network, batch):
         if isinstance(layer, nnx.Conv | nnx.Linear):
             parameters += layer.kernel[...].size
-        if isinstance(layer, Neuron | nnx.Conv | nnx.Linear) or entering != leaving:
+        if isinstance(layer, Neuron | nnx.Conv | nnx.Linear | Pool):
             values += 3 * prod(entering) + 2 * prod(leaving)
     return 4 * (values + 10 * parameters)

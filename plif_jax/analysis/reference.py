@@ -131,7 +131,9 @@ def read(paths) -> dict[str, list[tuple[int, float]]]:
         try:
             for tag, time, step, value in reader(path):
                 points.setdefault(tag, []).append((time, step, value))
-        except (ValueError, KeyError, csv.Error, DecodeError) as error:
+        except KeyError as error:
+            raise UserError(f"{path} is damaged (it has no column {error}); fetch it again") from None
+        except (ValueError, csv.Error, DecodeError) as error:
             raise UserError(f"{path} is damaged ({error}); fetch it again") from None
     return {tag: sorted({step: value for _, step, value in sorted(rows)}.items()) for tag, rows in points.items()}
 
@@ -140,13 +142,13 @@ def _read_csv(path):
     """Yields (tag, wall time, step, value) of a CSV file."""
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines, strict=True):
-            if "epoch" in row:
-                for tag in ("val_accuracy", "test_accuracy"):
-                    yield tag, 0.0, int(row["epoch"]), float(row[tag] or "missing")
-            else:
-                tag = path.stem.split("-tag-")[1]
+            _, _, tag = path.stem.partition("-tag-")
+            if tag:
                 time, step, value = (row[name] or "missing" for name in ("Wall time", "Step", "Value"))
                 yield tag, float(time), int(step), float(value)
+            else:
+                for tag in ("val_accuracy", "test_accuracy"):
+                    yield tag, 0.0, int(row["epoch"]), float(row[tag] or "missing")
 
 
 def _read_events(path):

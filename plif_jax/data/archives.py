@@ -35,6 +35,8 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             print(f"unpacking {archive} into {folder}", flush=True)
             try:
+                with storage.writing(partial):
+                    partial.mkdir(parents=True)  # an archive may hold nothing
                 _unpack(archive, partial, archive)
                 for _ in range(2):  # the zips in it, and those in them
                     for inner in sorted(path for path in partial.rglob("[!.]*") if path.suffix.lower() == ".zip"):
@@ -68,7 +70,8 @@ def _unpack(archive, folder, name):
     except NotImplementedError as error:
         raise UserError(f"{name}: {error}: unpack it yourself, beside it.") from None
     except DAMAGE as error:
-        raise UserError(f"{name}: the archive is truncated or damaged ({error}): fetch it again.") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")  # then what each method says of it
+        raise UserError(f"{name}: the archive is truncated or damaged ({reason}): fetch it again.") from None
 
 
 def _unpack_zip(packed, folder):

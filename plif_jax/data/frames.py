@@ -49,8 +49,8 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         with p = 0, channel 1 all others.
 
     Raises:
-        UserError: no events, columns that are missing, differ in length or are no whole numbers, times that decrease,
-            coordinates outside the sensor, T < 1, or an unknown name.
+        UserError: a sensor without pixels, no events, columns that are missing, differ in length or are no whole
+            numbers, times that decrease, coordinates outside the sensor, T < 1, or an unknown name.
 
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """

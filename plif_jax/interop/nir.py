@@ -19,9 +19,9 @@ What becomes of the parts that NIR has no node for:
   single spike fires. Its membrane is 0 after every step, so it remembers nothing.
 - The vote is a last linear node that averages each class's neurons: the graph's outputs are votes [B, classes] per
   timestep, their mean over T the firing rates.
-- NIR cannot say: soft reset, surrogate functions, which parameters are shared or learned (PLIF comes back as LIF),
-  whether a membrane exactly at the threshold fires (here it does; NIR's text says above), and max pooling of values
-  that are not spikes. What is not expressed truly is refused.
+- NIR cannot say: soft reset, and max pooling of values that are not spikes, which are refused; and surrogate functions,
+  which parameters are shared or learned (PLIF comes back as LIF), and whether a membrane exactly at the threshold fires
+  (here it does; NIR's text says above), which the graph does not hold.
 
 Feature maps are channels-first in NIR, and flattened so.
 """

@@ -50,7 +50,9 @@ class Checkpoint:
 
 
 def read(path):
-    """Weights from a `.npz`, or from a `.pt` holding a state dict, a module, or a dict with either under "net".
+    """Weights from a `.npz`, or from a `.pt` holding a state dict, a module, or a dict with either.
+
+    In a dict it is what the first of `NETWORK_KEYS` names that is there.
 
     Raises:
       UserError: no such file; the file is damaged, holds no network, or could only be read by running it.
@@ -208,7 +210,9 @@ def _network(path, root):
         for key in NETWORK_KEYS:
             if key in root:
                 return _network(path, root[key])
-    raise UserError(f'{path} holds no network: a state dict, a module, or a dict with one under "net" is needed')
+    raise UserError(
+        f"{path} holds no network: a state dict, a module, or a dict with one under {', '.join(NETWORK_KEYS)} is needed"
+    )
 
 
 def _walk(path, module, prefix, seen):

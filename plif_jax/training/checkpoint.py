@@ -77,7 +77,8 @@ class Checkpoints:
       say: prints a line for people.
 
     Raises:
-      UserError: another program trains in the folder.
+      UserError: another program trains in the folder, or checkpoints cannot lie there; `save` and `wait`: one could not
+        be written.
     """
 
     def __init__(self, folder: Path, config: Config, say=print):
