@@ -106,7 +106,7 @@ def main(argv):
     if "test_accuracy" not in ours:
         raise UserError(f"{flags.run} has no test accuracy yet: it is there after the first epoch that is evaluated")
     try:
-        config = Config.from_json((flags.run / "config.json").read_bytes())
+        config = Config.of_run(flags.run)
     except OSError:
         raise UserError(f"{flags.run} is not the folder of a run: it has no config.json") from None
     published = reference.load(flags.reference, config)

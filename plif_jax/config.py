@@ -156,6 +156,20 @@ class Config:
             raise UserError(f"not a run's settings: there is no field {min(unknown)!r}")
         return cls(**fields)
 
+    @classmethod
+    def of_run(cls, folder: str | Path) -> "Config":
+        """The settings of a run, from its folder.
+
+        Raises:
+          UserError: its config.json is damaged.
+          OSError: it cannot be read.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            return cls.from_json(path.read_bytes())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

@@ -268,11 +268,19 @@ def dropout_key(rngs):
             "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
             "evaluate, or switch it off alone with net.set_attributes(deterministic=True)"
         )
-    if isinstance(rngs, nnx.Rngs | nnx.RngStream):
-        return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
-    if not isinstance(rngs, jax.Array | np.ndarray) or (rngs.ndim == 0 and not _is_key(rngs)):
-        raise UserError(f"rngs is {rngs!r}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)")
-    keys = rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    if isinstance(rngs, nnx.Rngs):
+        if not {"dropout", "default"} & set(rngs):
+            raise UserError(f"rngs has the streams {', '.join(rngs)}; give nnx.Rngs(0), or nnx.Rngs(dropout=0)")
+        return rngs.dropout()
+    try:
+        keys = rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
+    except (TypeError, ValueError, AttributeError):  # JAX's words for what are no keys
+        shape = f", shape {np.shape(rngs)}" if isinstance(rngs, jax.Array | np.ndarray) else ""
+        raise UserError(
+            f"rngs is of type {type(rngs).__name__}{shape}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)"
+        ) from None
     if keys.ndim > 1:
         raise UserError(f"rngs are keys {list(keys.shape)}; give one key, or one for each sample")
     return keys

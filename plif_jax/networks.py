@@ -60,7 +60,7 @@ def conv(features):
     """3x3 convolution, padding 1, without bias."""
 
     def build(net, shape, rngs):
-        *size, C = shape
+        *size, C = maps("a convolution", shape)
         return Conv3x3(C, features, dtype=net.dtype, rngs=rngs), (*size, features)
 
     return build
@@ -70,7 +70,8 @@ def linear(features=None):
     """Linear layer without bias; a quarter of its inputs wide where `features` is not given."""
 
     def build(net, shape, rngs):
-        n_in, n_out = shape[0], features or shape[0] // 4
+        n_in = vector("a linear layer", shape)
+        n_out = features or n_in // 4
         if n_out == 0:
             raise UserError(f"{n_in} values reach the first linear layer, 4 at least are needed: give more channels")
         layer = Linear(
@@ -86,6 +87,20 @@ def linear(features=None):
         return layer, (n_out,)
 
     return build
+
+
+def maps(taker, shape):
+    """(H, W, C) of what reaches a layer that takes maps."""
+    if len(shape) != 3:
+        raise UserError(f"{taker} takes maps (H, W, C), but values of shape {shape} reach it: put it before flatten")
+    return shape
+
+
+def vector(taker, shape):
+    """The length of what reaches a layer that takes vectors."""
+    if len(shape) != 1:
+        raise UserError(f"{taker} takes vectors, but maps of shape {shape} reach it: put flatten before it")
+    return shape[0]
 
 
 def norm(net, shape, rngs):
@@ -109,7 +124,7 @@ def neuron(net, shape, rngs):
 
 def pool(net, shape, rngs):
     """2x2 pooling, by maximum or average as the network is set."""
-    H, W, C = shape
+    H, W, C = maps("pooling", shape)
     if min(H, W) < 2:
         raise UserError(f"a {H}x{W} feature map cannot be halved again: give a smaller number_layer")
     return Pool(net.use_max_pool), (H // 2, W // 2, C)
@@ -117,7 +132,7 @@ def pool(net, shape, rngs):
 
 def flatten(net, shape, rngs):
     """Feature maps to one vector."""
-    H, W, C = shape
+    H, W, C = maps("flatten", shape)
     return Flatten(shape), (H * W * C,)
 
 
@@ -208,10 +223,9 @@ class SpikingNet(nnx.Module):
                 layer, shape = build(self, shape, rngs)
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
-        if not _whole(classes) or shape[-1] % classes:
-            raise UserError(
-                f"{shape[-1]} outputs for {classes} classes; the last layer has a group of neurons for each"
-            )
+        outputs = vector("the vote", shape)
+        if not _whole(classes) or outputs % classes:
+            raise UserError(f"{outputs} outputs for {classes} classes; the last layer has a group of neurons for each")
 
     def named_layers(self):
         """All layers in order, as {"conv.2": layer}: the paper program's names."""

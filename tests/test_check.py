@@ -43,6 +43,9 @@ def test_a_bad_recording_is_named(here):
 def test_nothing_is_fetched_for_a_look(here, name):
     with pytest.raises(UserError, match=f"{name} has not been fetched yet"):
         checks.check(name, None, here / "cache")
+
+
+def test_what_is_never_fetched_says_what_to_put_there(here):
     with pytest.raises(UserError, match=r"Put ICCV2019_DVS_dataset\.zip"):
         checks.check("ASLDVS", None, here / "cache")
 

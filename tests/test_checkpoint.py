@@ -71,6 +71,8 @@ def test_kept_are_the_last_two_the_best_and_timed_ones(tmp_path, monkeypatch):
     scores = [0.1, 0.9, 0.2, 0.3, 0.4, 0.4]
     fill(tmp_path / "few", range(1, 7), scores)
     assert kept(tmp_path / "few") == [1, 2, 5, 6]  # four hours begin with the first
+    fill(tmp_path / "equal", range(1, 7), [0.1, 0.9, 0.9, 0.2, 0.3, 0.4])
+    assert kept(tmp_path / "equal") == [1, 3, 5, 6]  # of equals the later
     monkeypatch.setattr(checkpoint, "KEEP_EVERY_SECONDS", 1e-6)
     fill(tmp_path / "timed", range(1, 7), scores)
     assert kept(tmp_path / "timed") == [1, 2, 3, 4, 5, 6]

@@ -268,6 +268,7 @@ def test_a_killed_preparation_goes_on(data):
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and list(cache.glob("frames/*.parts/*.npy"))
     again = run_script(data)
     out, err = again.communicate(timeout=60)
     assert "sum 6000" in out, err

@@ -244,6 +244,42 @@ def test_a_graph_of_others_over_vectors(neuron):
     np.testing.assert_array_equal(votes, theirs)
 
 
+@pytest.mark.parametrize("table", [["neuron", "flatten"], ["flatten", "neuron"]])
+def test_maps_that_are_flattened_last_vote_in_the_order_of_the_graph(table):
+    """Their neurons' own thresholds too."""
+    random, thresholds = np.random.default_rng(0), np.linspace(0.1, 0.9, 45)
+
+    def neuron(net, shape, rngs):
+        return neurons.IF(nnx.Param(jnp.asarray(thresholds.reshape(1, *shape)))), shape
+
+    builders = {"neuron": neuron, "flatten": networks.flatten}
+    parts = {"static_conv": [networks.conv(5)], "conv": [], "fc": [builders[name] for name in table]}
+    net = networks.SpikingNet(parts, (3, 3, 2), 5, T=T, rngs=nnx.Rngs(0))
+    net.eval()
+    x = jnp.asarray(random.poisson(1.5, (B, 3, 3, 2)), jnp.float32)
+    votes = net.unroll(None, x)[1]
+    assert np.ptp(votes) > 0
+    graph = nir_interop.to_nir(net)
+    np.testing.assert_allclose(interpret(graph, as_frames(x))["vote"], votes, atol=1e-6)
+
+
+def test_a_graph_that_flattens_into_its_outputs_is_refused():
+    """Unless there is no order to lose."""
+    for maps, refused in (((4, 2, 2), True), ((4, 1, 1), False), ((1, 2, 2), False)):
+        graph = chain(
+            ("input", nir.Input(np.array(maps))),
+            ("spiking", lif(maps)),
+            ("flat", nir.Flatten(np.array(maps), 0, -1)),
+            ("output", nir.Output(np.array([np.prod(maps)]))),
+            metadata={"dt": 1e-4, "T": 1},
+        )
+        if refused:
+            with pytest.raises(UserError, match=r"flattens maps \(4, 2, 2\) into its outputs, .*; end in a Linear"):
+                nir_interop.from_nir(graph)
+        else:
+            assert nir_interop.from_nir(graph).classes == 4
+
+
 def test_a_strided_convolution_without_padding():
     random = np.random.default_rng(0)
     weight, bias = random.normal(size=(4, 2, 3, 3)).astype(np.float32), np.ones(4, np.float32)
@@ -252,7 +288,8 @@ def test_a_strided_convolution_without_padding():
         ("conv", nir.Conv2d((9, 9), weight, 2, "valid", 1, 1, bias)),
         ("spiking", lif((4, 4, 4))),
         ("flat", nir.Flatten(np.array([4, 4, 4]), 0, -1)),
-        ("output", nir.Output(np.array([64]))),
+        ("linear", nir.Linear(random.normal(size=(3, 64)).astype(np.float32))),
+        ("output", nir.Output(np.array([3]))),
         metadata={"dt": 1e-4, "T": 1},
     )
     net = nir_interop.from_nir(graph)

@@ -151,10 +151,11 @@ def test_running_statistics_are_moved_in_full_precision():
         (lambda rngs: layers.Linear(400, 100, rngs=rngs), (400,)),
         (lambda rngs: layers.Conv3x3(2, 16, rngs=rngs), (34, 34, 2)),
         (lambda rngs: layers.Conv3x3(128, 128, rngs=rngs), (4, 4, 128)),
-        (lambda rngs: layers.Conv3x3(40, 40, rngs=rngs), (10, 10, 40)),  # by Winograd's algorithm
+        (lambda rngs: layers.Conv3x3(40, 40, rngs=rngs), (10, 10, 40)),  # by Winograd's algorithm, image by image
+        (lambda rngs: layers.Conv3x3(40, 40, rngs=rngs), (17, 17, 40)),  # and at once
         (lambda rngs: layers.Conv(64, 64, (3, 3), strides=[2, 2], padding=[1, 1], rngs=rngs), (9, 9, 64)),
     ],
-    ids=["linear", "few channels", "small maps", "Winograd", "strided"],
+    ids=["linear", "few channels", "small maps", "Winograd", "Winograd at once", "strided"],
 )
 def test_to_evaluate_one_gives_the_bits_that_it_gives_among_others(layer, shape):
     layer = layer(nnx.Rngs(0))
@@ -308,6 +309,21 @@ def test_classes_that_fired_as_often_have_the_same_rate_in_any_batch(dtype, x64)
     for batch in (1, 16):
         parts = [rates(spikes[:, start : start + batch], 4) for start in range(0, 64, batch)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize(
+    "rngs, said",
+    [
+        (np.arange(3), r"ndarray, shape \(3,\); give jax\.random\.key"),
+        (jnp.zeros(3), r"\S+, shape \(3,\); give"),
+        ([jax.random.key(0)] * 3, "of type list; give"),
+        (nnx.Rngs(params=0), r"has the streams params; give nnx\.Rngs\(0\)"),
+    ],
+)
+def test_what_is_no_key_is_told_in_a_line(rngs, said):
+    with pytest.raises(UserError, match=f"rngs .*{said}") as error:
+        layers.Dropout(0.5)(jnp.ones((2, 3, 4)), rngs)
+    assert "\n" not in str(error.value)
 
 
 def test_initial_weights_are_pytorchs_default():

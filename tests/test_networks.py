@@ -14,6 +14,7 @@ from reference import cases
 
 from plif_jax import networks, neurons
 from plif_jax.errors import UserError
+from plif_jax.interop import spikingjelly
 from plif_jax.interop import torch as torch_interop
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -104,7 +105,7 @@ def test_reference_case(name, x64, rolled):
 @pytest.mark.parametrize("rngs", [None, 0])
 def test_a_call_without_a_key_moves_no_statistics(rngs):
     net = small()
-    with pytest.raises(UserError, match=r"needs a key|rngs is 0; give jax.random.key"):
+    with pytest.raises(UserError, match=r"needs a key|rngs is of type int; give jax.random.key"):
         net(frames(net), rngs=rngs)
     assert not net.conv[1].mean[...].any()
 
@@ -190,11 +191,44 @@ def test_a_still_image_is_convolved_once_and_shown_T_times():
 
 def test_views_switch_modes_as_those_of_flax_do():
     net = firing(small())
+    net.set_attributes(deterministic=False)
     view, x = nnx.view(net, deterministic=True, use_running_average=True), frames(net)
     net.eval()
     np.testing.assert_array_equal(view(x), net(x))
     assert view.fc[2].use_running_average and view.fc[1].deterministic
     assert nnx.view(net, use_running_average=False).conv[1].use_running_average is False
+
+
+@pytest.mark.parametrize("cls", [networks.MNISTNet, networks.NMNISTNet, spikingjelly.NMNISTNet])
+def test_initial_weights_are_within_pytorchs_bounds(cls):
+    settings = {"spiking_neuron": neurons.PLIF} if cls is spikingjelly.NMNISTNet else {}
+    net = cls(rngs=nnx.Rngs(0), **settings)
+    layers = [layer for layer in net.named_layers().values() if hasattr(layer, "kernel")]
+    assert len(layers) >= 4
+    for layer in layers:
+        kernel = layer.kernel[...]
+        bound = math.prod(kernel.shape[:-1]) ** -0.5
+        for weights in [kernel] if layer.bias is None else [kernel, layer.bias[...]]:
+            assert 0.9 * bound < np.abs(weights).max() <= bound
+
+
+@pytest.mark.parametrize(
+    "conv, fc, said",
+    [
+        ([networks.neuron], [networks.linear(20), networks.neuron], r"a linear layer .* maps of shape \(4, 4, 2\)"),
+        ([], [networks.flatten, networks.pool], r"pooling takes maps .* shape \(32,\) reach it: put it before flatten"),
+        ([], [networks.flatten, networks.conv(3)], "a convolution takes maps"),
+        ([], [networks.flatten, networks.flatten], "flatten takes maps"),
+        (
+            [networks.neuron],
+            [],
+            r"the vote takes vectors, but maps of shape \(4, 4, 2\) reach it: put flatten before it",
+        ),
+    ],
+)
+def test_a_table_whose_layers_do_not_follow_one_another_is_refused(conv, fc, said):
+    with pytest.raises(UserError, match=said):
+        networks.SpikingNet({"static_conv": [], "conv": conv, "fc": fc}, (4, 4, 2), 2, T=2, rngs=nnx.Rngs(0))
 
 
 def test_no_samples_give_no_rates():

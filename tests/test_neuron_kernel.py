@@ -88,13 +88,13 @@ def test_a_training_step_runs_on_kernels(kernels):
 
 
 def test_a_gradient_has_a_gradient_and_maps_over_samples(kernels):
-    def loss(neuron, x):
-        return (jnp.arange(1.0, 4)[:, None] * neuron(x)).sum()
+    def found(unroll=neurons.Neuron.unroll):
+        def loss(neuron, x):
+            return (jnp.arange(1.0, 4)[:, None] * unroll(neuron, None, x)[1]).sum()
 
-    def penalised(neuron, x):
-        return jnp.square(jax.grad(loss, argnums=1)(neuron, x)).sum()
+        def penalised(neuron, x):
+            return jnp.square(jax.grad(loss, argnums=1)(neuron, x)).sum()
 
-    def found():
         return jax.vmap(jax.grad(penalised), (None, 1))(neurons.PLIF(), currents(3, 10).reshape(3, 2, 5)).w[...]
 
     interpreted = found()
@@ -102,6 +102,7 @@ def test_a_gradient_has_a_gradient_and_maps_over_samples(kernels):
     with pytest.MonkeyPatch.context() as scanning:
         scanning.setattr(neurons, "kernels", lambda: None)
         np.testing.assert_allclose(interpreted, found(), rtol=1e-5)
+        np.testing.assert_allclose(interpreted, found(neurons.Neuron.unroll_by_autodiff), rtol=1e-5)
     assert np.abs(interpreted).min() > 0
 
 

@@ -115,6 +115,12 @@ def make_neurons(N=11):
         yield pytest.param(lambda s=settings, f=fire: neurons.LIF(3.0, **s, surrogate=f()), id=f"LIF,{name}")
         yield pytest.param(lambda s=settings, f=fire: neurons.PLIF(3.0, **s, surrogate=f()), id=f"PLIF,{name}")
         yield pytest.param(lambda s=settings, f=fire: Adaptive(N, **s, surrogate=f()), id=f"own,{name}")
+    for name in ("v_threshold", "v_reset"):  # which may be learned
+
+        def learned(name=name):
+            return neurons.PLIF(3.0, **{name: nnx.Param(jnp.asarray(0.4))})
+
+        yield pytest.param(learned, id=f"{name} learned")
 
 
 def by_a_loop(neuron, v, x):

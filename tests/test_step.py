@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import data, layers
+from plif_jax import data, layers, networks
+from plif_jax.config import Config
 from plif_jax.data import batches
 from plif_jax.training import checkpoint, state, step
 
@@ -90,6 +91,15 @@ def test_the_first_layer_that_failed_is_named_also_where_names_sort_otherwise(se
     assert step.first_failure(config, graphdef, now, frames, np.zeros(2, np.int32)) == "the output of conv.4"
 
 
+def test_the_layer_whose_gradient_failed_is_named(settings):
+    """Nothing fires where tau is not a number: all outputs are finite."""
+    config = settings()
+    graphdef, now = state.create(config, state.adam(config, 1), jax.local_devices()[:1])
+    now.params["conv"][2]["w"][...] = jnp.full_like(now.params["conv"][2]["w"][...], jnp.nan)
+    frames = np.ones((2, 3, 34, 34, 2), np.uint8)
+    assert step.first_failure(config, graphdef, now, frames, np.zeros(2, np.int32)) == "the gradient of conv.2"
+
+
 def test_dropout_and_order_are_functions_of_seed_and_step(settings):
     config = settings()
     part = batches.partition(config, data.load(config, progress=False))["train"]
@@ -97,9 +107,35 @@ def test_dropout_and_order_are_functions_of_seed_and_step(settings):
     assert (
         (order(1, 2) == order(1, 2)).all() and (order(1, 2) != order(1, 3)).any() and (order(1, 2) != order(2, 2)).any()
     )
-    first, again, later = (step.sample_keys(config, at, jnp.arange(4)) for at in (3, 3, 4))
-    assert (jax.random.key_data(first) == jax.random.key_data(again)).all()
-    assert (jax.random.key_data(first) != jax.random.key_data(later)).any()
+    at = [(config, 3), (config, 3), (config, 4), (settings(seed=1), 3)]
+    first, again, later, other = (jax.random.key_data(step.sample_keys(*one, jnp.arange(4))) for one in at)
+    assert (first == again).all() and (first != later).all() and (first != other).all()
+    assert (first[0] != first[1]).all()  # augmentation's and dropout's
+
+
+def test_training_augments_by_the_key_of_each_sample():
+    config = Config(dataset_name="MNIST", T=2, use_plif=True)
+    table = {"static_conv": [networks.conv(2), networks.norm], "conv": [networks.neuron] + [networks.pool] * 3}
+    table |= {"fc": [networks.flatten, networks.linear(10), networks.neuron]}
+    net = networks.SpikingNet(table, config.facts.shape, 10, T=2, init_tau=1.1, rngs=nnx.Rngs(0))
+    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    x = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
+    augment_keys, dropout_keys = step.sample_keys(config, 0, jnp.arange(4))
+    seen = []
+
+    def entering(keys):
+        def observe(name, layer, entering, leaving):
+            if name == "static_conv.0":
+                seen.append(np.asarray(entering))
+
+        step.loss_of(config, graphdef, params, batch_stats, x, np.arange(4), (keys, dropout_keys), observe)
+
+    for keys in (augment_keys, augment_keys, augment_keys[::-1]):
+        entering(keys)
+    first, again, other = seen
+    plain = np.asarray(step.frames_for(config, x))
+    assert (first == again).all()
+    assert all((first[0, b] != images[b]).any() for images in (other[0], plain) for b in range(4))
 
 
 def test_masks_do_not_depend_on_the_devices_whatever_generator_jax_is_told_to_use(settings):

@@ -19,13 +19,18 @@ from tensorboardX.proto import event_pb2
 
 from plif_jax import data, networks
 from plif_jax.catalog import DATASETS
+from plif_jax.data import batches
 from plif_jax.errors import UserError
-from plif_jax.training import checkpoint, evaluation, loop, report, signals, state
+from plif_jax.training import checkpoint, evaluation, loop, report, signals, state, step
 from plif_jax.training.logs import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
+import compare
+import convert
 import evaluate
+import export
+import figures
 
 pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
 
@@ -252,6 +257,88 @@ def test_of_equal_epochs_the_later_is_best(settings, tmp_path, monkeypatch, val_
     kept = sorted(int(path.name) for path in config.checkpoint_dir.glob("[0-9]*"))
     steps = result["samples"]["train"] // 8
     assert {expected[0] * steps, 3 * steps, 4 * steps} <= set(kept)  # the best and the last two
+
+
+def test_the_accuracy_of_validation_is_of_the_part_held_back(settings, tmp_path):
+    """Every sample of it once, as it is stored."""
+    learning = {"init_tau": 1.1, "learning_rate": 0.02, "channels": 4, "max_epoch": 3}
+    config = settings(log_dir_prefix=str(tmp_path), train_samples=100, val_ratio=0.15, **learning)
+    result = loop.train(config, say=lambda line: None)
+    dataset = data.load(config, progress=False)
+    part = batches.partition(config, dataset)["val"]
+    _, net = checkpoint.load_network(config.run_dir)
+    x, y = dataset.train.x[part.index], dataset.train.y[part.index]
+    right = net(step.frames_for(config, jnp.asarray(x))).argmax(-1) == y
+    assert 0.2 < right.mean() < 1  # of other samples it would be another
+    assert len(y) == result["samples"]["val"] and result["best"]["val_accuracy"] == pytest.approx(right.mean())
+
+
+def test_a_signal_in_an_evaluation_is_answered_there_and_the_run_continues(settings, whole, tmp_path, monkeypatch):
+    config, count, calls = settings(log_dir_prefix=str(tmp_path)), loop.evaluation_counts, []
+
+    def signalled(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(*given)
+
+    monkeypatch.setattr(loop, "evaluation_counts", signalled)
+    said = []
+    with pytest.raises(signals.Interrupted):
+        loop.train(config, say=said.append)
+    assert "SIGTERM at step 5; saved" in said[-1]
+    loop.train(config, say=lambda line: None)
+    assert_same_run(config, whole[0])
+
+
+def test_a_run_leaves_as_weights_and_as_a_function(whole, tmp_path):
+    pytest.importorskip("flatbuffers")
+    config, _ = whole
+    convert.main([str(config.run_dir), str(tmp_path / "weights.npz")])
+    weights = np.load(tmp_path / "weights.npz")
+    for name, array in arrays(config, "best").items():
+        np.testing.assert_array_equal(weights[name], array)
+    export.main([str(config.run_dir), str(tmp_path / "net.jax")])
+    x = np.random.default_rng(0).poisson(1, (3, 2, 34, 34, 2)).astype(np.float32)
+    rates = jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x)
+    np.testing.assert_allclose(rates, checkpoint.load_network(config.run_dir)[1](x), atol=1e-6)
+
+
+def test_figures_are_drawn_of_a_run(whole, capsys):
+    config, _ = whole
+    figures.main([str(config.run_dir), "-sample", "19"])
+    said = capsys.readouterr().out
+    written = {path.name for path in (config.run_dir / "figures").iterdir()}
+    assert written == {
+        *("training.png", "neuron.png", "surrogate.png", "input.png", "input.gif", "firing_rates.png", "raster.png"),
+        *("spike_maps.png", "confusion.png", "operations.txt"),
+    }
+    assert "sample 19 of 20: class 9, taken for" in said and "accumulates" in said
+    with pytest.raises(UserError, match="-sample 20: the run tests on 20 samples; give 0 to 19"):
+        figures.main([str(config.run_dir), "-sample", "20"])
+
+
+def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0].run_dir, run)
+    (run / "config.json").write_text("{")
+    for main, more in ((evaluate.main, []), (compare.main, ["-reference", str(tmp_path)])):
+        with pytest.raises(UserError, match=rf"{run}/config\.json: not a run's settings: Expecting"):
+            main([str(run), *more])
+
+
+def test_the_rate_of_training_leaves_out_the_call_that_compiles(settings, tmp_path, monkeypatch):
+    """And is that of the whole run, not of what was trained last."""
+    clock = iter(np.arange(0.0, 1e6))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock), time=loop.time.time))
+    config = settings(log_dir_prefix=str(tmp_path), max_epoch=1)
+    loop.train(config, say=lambda line: None)
+    progress = json.loads(next(config.checkpoint_dir.glob("5/record/*")).read_text())["progress"]
+    assert progress["steps_timed"] == 4
+    result = loop.train(dataclasses.replace(config, max_epoch=2), say=lambda line: None)
+    progress = json.loads(next(config.checkpoint_dir.glob("10/record/*")).read_text())["progress"]
+    assert progress["steps_timed"] == 8  # each program compiles
+    assert result["samples_per_second"] == pytest.approx(8 * 8 / progress["seconds_timed"])
 
 
 def _pretend(run):

@@ -1,5 +1,6 @@
 """A trained network as a NIR graph; `plif_jax.interop.nir` says what becomes of what."""
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -35,7 +36,7 @@ def to_nir(net, dt=DT):
     for name, layer in fold(net).named_layers().items():
         name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
         if isinstance(layer, neurons.Neuron):
-            nodes[name] = _neuron_to_nir(name, layer, shape, dt)
+            nodes[name] = _neuron_to_nir(name, layer, partial(_of_each, shape, flattened), dt)
         elif isinstance(layer, nnx.Conv):
             nodes[name] = _conv_to_nir(name, layer, shape)
         elif isinstance(layer, nnx.Linear):
@@ -54,13 +55,13 @@ def to_nir(net, dt=DT):
             if layer.use_max:
                 if not fed_spikes:
                     raise UserError(f"{name} takes the maximum of values that are not spikes; NIR has no max pooling")
-                nodes[f"{name}_any"] = _any_spike(shape_after(layer, shape), dt)
+                nodes[f"{name}_any"] = _any_spike(partial(_of_each, shape_after(layer, shape), None), dt)
         else:
             raise UserError(f"{name} is a {type(layer).__name__}, which NIR has no node for")
         # Where any of four spikes counts, so does any of sixteen; an average is no longer a spike.
         fed_spikes = isinstance(layer, neurons.Neuron) or (fed_spikes and isinstance(layer, Pool) and layer.use_max)
         shape = shape_after(layer, shape)
-    nodes["vote"] = nir.Linear(vote_weight(net.classes, shape[0]))
+    nodes["vote"] = nir.Linear(np.ascontiguousarray(linear_to_torch(vote_weight(net.classes, shape[0]).T, flattened)))
     nodes["output"] = nir.Output({"output": np.array([net.classes])})
     names = list(nodes)
     return nir.NIRGraph(nodes, list(pairwise(names)), metadata={"dt": dt, "T": net.T})
@@ -83,33 +84,37 @@ def vote_weight(classes, neurons_out):
     return np.kron(np.eye(classes, dtype=np.float32), np.full((1, group), 1 / group, np.float32))
 
 
-def _any_spike(shape, dt):
+def _any_spike(of_each, dt):
     """A neuron that any spike in a window fires: one in four averages to 1/4, which tau = 2 dt halves to h = 1/8."""
-    return _lif(shape, tau=2 * dt, v_threshold=1 / 16, v_reset=0.0)
+    return _lif(of_each, tau=2 * dt, v_threshold=1 / 16, v_reset=0.0)
 
 
-def _of_each(setting, shape):
-    """A setting of neurons [H, W, C] or [N], one number or as their membranes broadcast it, as NIR lays them out."""
+def _of_each(shape, flattened, setting):
+    """A setting of neurons [H, W, C] or [N], one number or as their membranes broadcast it, as NIR lays them out.
+
+    [N] that are flattened maps (H, W, C) lie channel first there.
+    """
     setting = setting[...] if isinstance(setting, nnx.Variable) else setting
-    return np.ascontiguousarray(np.moveaxis(np.broadcast_to(np.asarray(setting), (1, *shape))[0], -1, 0))
+    maps = np.broadcast_to(np.asarray(setting), (1, *shape)).reshape(flattened or shape)
+    return np.ascontiguousarray(np.moveaxis(maps, -1, 0)).reshape(channels_first(shape))
 
 
-def _lif(shape, tau, v_threshold, v_reset):
+def _lif(of_each, tau, v_threshold, v_reset):
     # float64: a time constant in float32 would come back as another.
-    tau, r, v_threshold, v_reset = (_of_each(a, shape) for a in (tau, 1.0, v_threshold, v_reset))
+    tau, r, v_threshold, v_reset = map(of_each, (tau, 1.0, v_threshold, v_reset))
     return nir.LIF(tau=tau, r=r, v_leak=v_reset, v_threshold=v_threshold, v_reset=v_reset)
 
 
-def _neuron_to_nir(name, neuron, shape, dt):
+def _neuron_to_nir(name, neuron, of_each, dt):
     if neuron.v_reset is None:
         raise UserError(f"{name} has a soft reset, which NIR cannot express; its neurons reset to a fixed potential")
     if type(neuron) is neurons.PLIF:
         # Not 1 / neuron.tau: rounded twice, k would come back as another.
-        return _lif(shape, dt / float(neuron.k), neuron.v_threshold, neuron.v_reset)
+        return _lif(of_each, dt / float(neuron.k), neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.LIF:
-        return _lif(shape, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
+        return _lif(of_each, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.IF:
-        r, v_threshold, v_reset = (_of_each(a, shape) for a in (1 / dt, neuron.v_threshold, neuron.v_reset))
+        r, v_threshold, v_reset = map(of_each, (1 / dt, neuron.v_threshold, neuron.v_reset))
         return nir.IF(r=r, v_threshold=v_threshold, v_reset=v_reset)
     raise UserError(f"{name} is a {type(neuron).__name__}; NIR has IF and LIF neurons, which PLIF becomes too")
 

@@ -1,5 +1,7 @@
 """A network from a NIR graph; `plif_jax.interop.nir` says what becomes of what."""
 
+import math
+
 import jax.numpy as jnp
 import nir
 import numpy as np
@@ -66,6 +68,11 @@ def from_nir(graph, *, dt=None, T=None):
         shape = layers[-1][1]
     if len(shape) != 1:
         raise UserError(f"the graph's output has shape {channels_first(shape)}; it must be a vector of classes")
+    if flattened is not None and 1 not in (flattened[-1], math.prod(flattened[:-1])):
+        maps = channels_first(flattened)
+        raise UserError(
+            f"the graph flattens maps {maps} into its outputs, which have another order here; end in a Linear"
+        )
     # The table's layers are there: nothing is drawn.
     return SpikingNet(_table(layers), input_shape, classes or shape[0], T=T, use_plif=False, rngs=nnx.Rngs(0))
 

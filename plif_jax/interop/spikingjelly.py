@@ -12,7 +12,7 @@ import jax
 
 from plif_jax.convolution import dot_general
 from plif_jax.layers import Linear, torch_default_init
-from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
+from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool, vector
 
 
 def _uniform(bound, key, shape, dtype):
@@ -23,7 +23,7 @@ def linear(features):
     """Linear layer with bias, initialised as in PyTorch."""
 
     def build(net, shape, rngs):
-        (n_in,) = shape
+        n_in = vector("a linear layer", shape)
         layer = Linear(
             n_in,
             features,

@@ -352,7 +352,7 @@ def load_network(run: str | Path, kind: str = "best"):
     if not (run.parent / f"pt_{run.name}").is_dir():
         run = run.resolve()  # beside what a link leads to
     try:
-        config = Config.from_json((run / "config.json").read_bytes())
+        config = Config.of_run(run)
     except OSError:
         beside = run.parent / run.name.removeprefix("pt_")
         hint = f"; its checkpoints are here, the run is {beside}" if (beside / "config.json").exists() else ""

@@ -103,10 +103,11 @@ class Run:
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
         self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None}
-        self.progress |= {"seconds": 0.0, "samples_per_second": 0.0, "hardware": report.hardware(chosen)}
+        self.progress |= {"seconds": 0.0, "steps_timed": 0, "seconds_timed": 0.0, "hardware": report.hardware(chosen)}
         self.progress["data"] = digests
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
+        self.compiled = False
         restored = checkpoints.restore(self.state)
         if restored is not None:
             self.state, progress = restored
@@ -138,7 +139,7 @@ class Run:
         """Takes the epoch's steps that are left and returns its mean loss and accuracy."""
         index_SB = batches.training_batches(self.config.seed, epoch, self.parts["train"], self.config.batch_size)
         first = epoch * self.steps_per_epoch
-        done = already = int(self.state.step) - first
+        done = already = timed_from = int(self.state.step) - first
         sizes = self._call_sizes(done)
         sums, count, pending = np.array(self.progress["sums"]), done, None
         bar = tqdm(
@@ -156,6 +157,8 @@ class Run:
             for size, arguments in zip(sizes, calls, strict=True):
                 asked = np.full(len(arguments[-1]), self.stop.signum or 0, np.int32)
                 self.state, metrics = self.train_steps(self.state, *arguments, asked)
+                if not self.compiled:  # which it did in this first call
+                    self.compiled, began, timed_from = True, time.monotonic(), done + size
                 # The figures of the call before: reading them does not make the devices wait.
                 if pending is not None:
                     sums += self._account(*pending, index_SB)
@@ -175,10 +178,11 @@ class Run:
             if pending is not None:
                 sums += self._account(*pending, index_SB)
                 count += pending[1]
-            taken = (count - already) * self.config.batch_size
             self.progress["sums"] = sums.tolist()
-            if taken:
-                self.progress["samples_per_second"] = taken / (time.monotonic() - began)
+            if count > timed_from:
+                self.progress["steps_timed"] += count - timed_from
+                self.progress["seconds_timed"] += time.monotonic() - began
+            if count > already:
                 # Not where a finished run is only called again: these figures are not from there.
                 self.progress["hardware"] = report.hardware(self.devices)
         self._refuse_lost_weights()

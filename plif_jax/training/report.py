@@ -24,8 +24,14 @@ def epoch_line(run, figures) -> str:
     taus = "tau " + " ".join(f"{tau:.2f}" for tau in run.taus().values()) + "  " if run.config.use_plif else ""
     return (
         f"epoch {figures['epoch']:>4}/{run.config.max_epoch}  loss {figures['loss']:.4f}  {_percent(figures)}{best}  "
-        f"{taus}{run.progress['samples_per_second']:.0f} samples/s"
+        f"{taus}{samples_per_second(run):.0f} samples/s"
     )
+
+
+def samples_per_second(run) -> float:
+    """How fast the run trained so far, without the call of each program in which it compiled, and evaluation."""
+    steps, seconds = run.progress["steps_timed"], run.progress["seconds_timed"]
+    return steps * run.config.batch_size / seconds if seconds else 0.0
 
 
 def result(run) -> dict:
@@ -43,7 +49,7 @@ def result(run) -> dict:
         "tau": run.taus(),
         "alpha": run.alphas(),
         "seconds": progress["seconds"],
-        "samples_per_second": progress["samples_per_second"],
+        "samples_per_second": samples_per_second(run),
         **progress["hardware"],
         "settings": dataclasses.asdict(run.config),
     }
