@@ -20,6 +20,7 @@ from plif_jax.catalog import DATASETS
 from plif_jax.config import Config, Parser, expanded, parse
 from plif_jax.curves import COLORS, epoch_axis, figure, line, tau_over_epochs
 from plif_jax.errors import UserError
+from plif_jax.training import signals
 from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
 from plif_jax.training.loop import train
@@ -152,7 +153,8 @@ def draw(runs, path):
     fig.savefig(path, dpi=120)
 
 
-def main(argv):
+def asked(argv):
+    """The runs that a command line asks for, as `plan` gives them."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("-datasets", nargs="+", choices=list(DATASETS), required=True, help="one after the other")
     parser.add_argument("-seeds", nargs="+", type=int, default=[2020], help="a run for each (default 2020)")
@@ -160,25 +162,40 @@ def main(argv):
         if flag.startswith("-") and flag.lstrip("-").split("=")[0] in OURS_TO_SET:
             raise UserError(f"{flag}: the ablation sets it; choose with -datasets and -seeds")
     chosen, flags = parser.parse_known_args(argv)
-    runs = plan(chosen.datasets, chosen.seeds, flags)
+    return plan(chosen.datasets, chosen.seeds, flags)
+
+
+def told(runs) -> str:
+    """The table, and what sets the runs apart."""
+    return "\n\n".join([table(runs), *minds(runs)])
+
+
+def main(argv):
+    runs = asked(argv)
     folder = expanded(next(iter(runs.values()))[0].log_dir_prefix).parent
+    with signals.ending():  # while it trains, `train` listens in its own way
+        try:
+            fill(runs)
+        finally:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = told(runs)
+            print(f"\n{text}")
+            (folder / "ablation.md").write_text(text + "\n")
+            draw(runs, folder / "ablation.png")
+            print(f"\n{folder / 'ablation.md'}, {folder / 'ablation.png'}")
+
+
+def fill(runs):
+    """Trains what is not done."""
     unfinished = {dataset: run for (dataset, _), configs in runs.items() for run in configs if not finished(run)}
     for run in unfinished.values():
         data.load(run)  # a data set that is not there should not cost the training of those before it
-    try:
-        for (dataset, name), configs in runs.items():
-            for run in configs:
-                done = finished(run)
-                print(f"\n== {dataset}, {name}, seed {run.seed}{': done' if done else ''}", flush=True)
-                if not done:
-                    train(run)
-    finally:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join([table(runs), *minds(runs)])
-        print(f"\n{text}")
-        (folder / "ablation.md").write_text(text + "\n")
-        draw(runs, folder / "ablation.png")
-        print(f"\n{folder / 'ablation.md'}, {folder / 'ablation.png'}")
+    for (dataset, name), configs in runs.items():
+        for run in configs:
+            done = finished(run)
+            print(f"\n== {dataset}, {name}, seed {run.seed}{': done' if done else ''}", flush=True)
+            if not done:
+                train(run)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from plif_jax import cli
 from plif_jax.config import Parser
 from plif_jax.errors import UserError
 from plif_jax.networks import NETWORKS
+from plif_jax.training import signals
 
 SUITES = ("neuron", "train", "infer", "frames", "pipeline", "memory")
 RECORDINGS = (
@@ -86,10 +87,11 @@ def parser():
     flags.add_argument(
         "-batch_sizes",
         type=lambda text: _numbers(text, "largest"),
-        default=[16],
-        help="numbers, or on a GPU also: largest",
+        help="numbers, or on a GPU also: largest (default 16, on a GPU 16,largest)",
     )
-    flags.add_argument("-precisions", type=_names(*PRECISIONS), default=["float32"], help="float32, bfloat16")
+    flags.add_argument(
+        "-precisions", type=_names(*PRECISIONS), help="float32, bfloat16 (default float32, on a GPU both)"
+    )
     flags.add_argument(
         "-pipeline_network", choices=NETWORKS, default="Digits", help="data set of pipeline (default Digits)"
     )
@@ -110,7 +112,9 @@ def main(argv=None):
         raise UserError(f"JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {why}")
     backend = found.stdout.strip()
     gpu = backend == "gpu"
-    if "largest" in asked.batch_sizes and not gpu:
+    batches = asked.batch_sizes or ([16, "largest"] if gpu else [16])
+    precisions = asked.precisions or (PRECISIONS if gpu else ["float32"])
+    if "largest" in batches and not gpu:
         raise UserError("-batch_sizes largest: only a GPU says when its memory is full; give numbers")
     if shutil.which(asked.peer_python) is None:
         raise UserError(f"-peer_python {asked.peer_python}: there is no such program")
@@ -132,7 +136,7 @@ def main(argv=None):
         print(report.line(row), flush=True)
 
     bench = suites.Bench(sys.executable, asked.peer_python, asked.rounds, asked.limit, gpu, asked.backends, say)
-    rates = {"names": networks, "batches": asked.batch_sizes, "precisions": asked.precisions, "modes": asked.modes}
+    rates = {"names": networks, "batches": batches, "precisions": precisions, "modes": asked.modes}
     calls = {
         "neuron": lambda: suites.neuron(bench, Ts=asked.timesteps, N=asked.neurons or 1_605_632 * (4 if gpu else 1)),
         "train": lambda: suites.train(bench, **rates),
@@ -147,14 +151,19 @@ def main(argv=None):
         ),
         "memory": lambda: suites.memory(bench, names=networks, Ts=asked.timesteps),
     }
-    try:
-        for suite in SUITES if asked.suite == "all" else [asked.suite]:
-            calls[suite]()
-    finally:  # Ctrl-C keeps what was measured
-        if bench.rows:
-            print(f"wrote {asked.out}/{report.write(asked.out, here, bench.rows, bench.peers)}")
-        if any("No module named" in row.get("reason", "") for row in bench.rows):
-            print('pip install -e ".[bench]" brings SpikingJelly and PyTorch; or name an interpreter with -peer_python')
+
+    with signals.ending():
+        try:
+            for suite in SUITES if asked.suite == "all" else [asked.suite]:
+                calls[suite]()
+        finally:  # Ctrl-C and SIGTERM keep what was measured
+            if bench.rows:
+                print(*report.ran_on(bench.peers), sep="\n")
+                print(f"wrote {asked.out}/{report.write(asked.out, here, bench.rows, bench.peers)}")
+            if any("No module named" in row.get("reason", "") for row in bench.rows):
+                print(
+                    'pip install -e ".[bench]" brings SpikingJelly and PyTorch; or name their interpreter, -peer_python'
+                )
     return bench.rows
 
 

@@ -16,12 +16,13 @@ import csv
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import ablation
 
 from plif_jax import cli, config, data
 from plif_jax.config import Parser, refuse_unknown
@@ -109,7 +110,10 @@ def run(name, more, logs, deadline):
             code = program.wait()
     if code not in (0, 143, -signal.SIGTERM):  # the last where it was told before it listened
         raise UserError(f"{name} ended with status {code}; its messages are above")
-    keep(name, settings)
+    if name == "ablation":
+        keep_ablation(ablation.asked([*own, *flags]))
+    else:
+        keep(name, settings)
     write_page()
     if told:
         raise signals.Interrupted(told[0])
@@ -129,8 +133,6 @@ def _recording():
 
 def keep(name, settings):
     """Copies a row's figures and picture from its run into docs/results."""
-    if name == "ablation":
-        return keep_ablation(settings)
     try:
         result = json.loads((settings.run_dir / "result.json").read_text())
     except OSError:
@@ -156,17 +158,19 @@ def keep(name, settings):
     summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
 
 
-def keep_ablation(settings):
-    """Copies the ablation's table and picture into docs/results."""
-    folder = config.expanded(settings.log_dir_prefix)
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed_*/*/result.json"))]
-    results = [result for result in results if result["finished"]]
+def keep_ablation(runs):
+    """Keeps table and picture of the ablation's runs that are done, made of these anew: it may have been killed."""
+    results = [result for configs in runs.values() for run in configs if (result := ablation.finished(run))]
     if not results:
         return print("ablation: no run is done yet")
-    kept = {"command": _command("ablation"), "table": (folder / "ablation.md").read_text(), "runs": len(results)}
+    if (KEPT / "ablation.json").exists():
+        before = json.loads((KEPT / "ablation.json").read_text())
+        if len(results) < before["runs"]:
+            return print(f"ablation: a table of {before['runs']} runs is kept, this had {len(results)}")
+    kept = {"command": _command("ablation"), "table": ablation.told(runs) + "\n", "runs": len(results)}
     kept |= {"seconds": sum(r["seconds"] for r in results)} | {key: results[0][key] for key in HARDWARE}
     (KEPT / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
-    shutil.copy(folder / "ablation.png", KEPT / "ablation.png")
+    ablation.draw(runs, KEPT / "ablation.png")
 
 
 def published():

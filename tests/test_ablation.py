@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -111,6 +113,37 @@ def test_a_failing_run_still_leaves_the_table(flags, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| CIFAR10 | PLIF, tau0 = 2 | 92.58 | - | - | 0 | - |" in printed
     assert "| CIFAR10 | LIF, tau = 2 | - | - | - | 0 | - |" in printed
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("during", ["the loading of data", "the training"])
+def test_a_signal_that_training_does_not_hear_still_leaves_the_table(flags, monkeypatch, tmp_path, asked, during):
+    runs = ablation.plan(["MNIST"], [1], flags)
+    finish(runs["MNIST", "LIF, tau = 2"][0])
+
+    def tell(run):
+        os.kill(os.getpid(), asked)
+
+    monkeypatch.setattr(ablation.data, "load", tell if during == "the loading of data" else lambda run: None)
+    monkeypatch.setattr(ablation, "train", tell)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit if asked == signal.SIGTERM else KeyboardInterrupt) as ended:
+        ablation.main(["-datasets", "MNIST", "-seeds", "1", *flags])
+    assert asked == signal.SIGINT or ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "| MNIST | LIF, tau = 2 | 99.69 | 90.00 | 80.00 | 1 | 3 |" in (tmp_path / "logs/ablation.md").read_text()
+    assert (tmp_path / "logs/ablation.png").exists()
+
+
+def test_a_second_sigterm_does_not_end_the_writing(flags, monkeypatch, tmp_path):
+    def tell(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ablation.data, "load", tell)
+    monkeypatch.setattr(ablation, "draw", tell)
+    with pytest.raises(SystemExit):
+        ablation.main(["-datasets", "MNIST", *flags])
+    assert (tmp_path / "logs/ablation.md").exists()
 
 
 def test_data_that_are_not_there_are_missed_before_anything_is_trained(flags, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The results page: made of what was kept, and of nothing else."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -106,19 +107,64 @@ def test_a_row_whose_time_is_up_before_it_listens_has_not_failed(row, tmp_path, 
     assert "no epoch is done yet" in capsys.readouterr().out
 
 
-def test_of_an_ablation_the_table_is_kept_and_the_runs_that_are_done(tmp_path, monkeypatch):
+@pytest.fixture
+def ablation_runs(tmp_path, monkeypatch):
+    """The runs of a small ablation, of which two are done; its own table is an old one, of fewer."""
     monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
     results.KEPT.mkdir()
+    logs = tmp_path / "logs"
+    runs = results.ablation.asked(
+        ["-datasets", "Digits", "-seeds", "1", "-max_epoch", "3", "-log_dir_prefix", str(logs)]
+    )
+    for configs in list(runs.values())[:2]:
+        finish(configs[0])
+    (logs / "ablation.md").write_text("an old table")
+    return runs
+
+
+def finish(run):
+    """Leaves what a run leaves that is done."""
     hardware = {"devices": ["0 cpu"], "machine": "two cores", "versions": {"jax": "1"}}
-    for seed, finished in ((1, True), (2, True), (3, False)):
-        run = tmp_path / "logs" / f"seed_{seed}" / "a run"
-        run.mkdir(parents=True)
-        (run / "result.json").write_text(json.dumps({"finished": finished, "seconds": 90.0, **hardware}))
-    (tmp_path / "logs" / "ablation.md").write_text("| the table |\n")
-    (tmp_path / "logs" / "ablation.png").write_bytes(b"the picture")
-    results.keep("ablation", SimpleNamespace(log_dir_prefix=str(tmp_path / "logs")))
+    figures = {"epochs": 3, "best": {"test_accuracy": 0.5}, "last": {"test_accuracy": 0.4}, "finished": True}
+    result = {"settings": dataclasses.asdict(run), "seconds": 90.0, **figures, **hardware}
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "result.json").write_text(json.dumps(result))
+    (run.run_dir / "metrics.jsonl").write_text("")
+
+
+def test_of_an_ablation_the_table_of_the_runs_that_are_done_is_kept(ablation_runs):
+    results.keep_ablation(ablation_runs)
     kept = json.loads((results.KEPT / "ablation.json").read_text())
     section = results._section("ablation", "what", kept, {})
-    assert "| the table |" in section and "2 runs, 3 minutes in all: cpu x 1; two cores; JAX 1." in section
+    assert "| Digits | PLIF, tau0 = 16 | - | 50.00 | 40.00 | 1 | 3 |" in section and "an old table" not in section
+    assert "2 runs, 3 minutes in all: cpu x 1; two cores; JAX 1." in section
     assert f"python experiments/{' '.join(results.ROWS['ablation'][:2])}\n" in section
-    assert (results.KEPT / "ablation.png").read_bytes() == b"the picture"
+    assert (results.KEPT / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_fewer_runs_replaces_none_of_more(ablation_runs, capsys):
+    path = results.KEPT / "ablation.json"
+    for kept, said in ((3, "a table of 3 runs is kept, this had 2"), (2, "")):
+        path.write_text(json.dumps({"runs": kept}))
+        results.keep_ablation(ablation_runs)
+        assert said in capsys.readouterr().out
+        assert ("table" in json.loads(path.read_text())) == (not said)
+
+
+def test_an_ablation_of_which_nothing_is_done_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    flags = ["-datasets", "Digits", "-log_dir_prefix", str(tmp_path / "logs")]
+    results.keep_ablation(results.ablation.asked(flags))
+    assert capsys.readouterr().out == "ablation: no run is done yet\n" and not list(tmp_path.iterdir())
+
+
+def test_the_row_of_the_ablation_names_its_runs(tmp_path, monkeypatch):
+    """What is kept is asked for with the command's own flags."""
+    kept = []
+    monkeypatch.setattr(results, "keep_ablation", kept.append)
+    monkeypatch.setattr(results, "write_page", lambda: None)
+    monkeypatch.setattr(results.data, "load", lambda settings: None)
+    results.run("ablation", [], str(tmp_path), 0)
+    (runs,) = kept
+    assert [run.seed for run in runs["Digits", "LIF, tau = 2"]] == [2020, 2021, 2022]
+    assert runs["Digits", "LIF, tau = 2"][0].run_dir.parent == tmp_path / "ablation" / "seed_2020"

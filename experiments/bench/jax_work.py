@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from bench.limits import multiply_adds
+from bench.fitting import fitting
+from bench.limits import multiply_adds, training_operations
+from bench.machine import peak_resident
 from bench.recordings import recording
 from plif_jax import cli, neurons
 from plif_jax.config import Config
@@ -124,30 +126,36 @@ def _samples(config, count):
     return rng.integers(0, high, (count, *shape), np.uint8), rng.integers(0, config.facts.classes, count, np.int32)
 
 
+def _step(spec, batch):
+    """The step that `experiments/train.py` runs, augmentation and its check for finite gradients included.
+
+    The compiled function, and what it takes: the state and the rest.
+    """
+    config = _config(spec, batch)
+    devices = jax.local_devices()[:1]
+    optimizer = state.adam(config, 1000)
+    graphdef, now = state.create(config, optimizer, devices)
+    train_steps = step.make_train(config, graphdef, optimizer, devices, None)
+    x, y = (jax.device_put(array, state.replicated(devices)) for array in _samples(config, batch))
+    index = np.broadcast_to(np.arange(batch, dtype=np.int32), (1, spec["calls"], batch))
+    return train_steps, now, x, y, index, np.zeros(1, np.int32)
+
+
+def _stepping(train_steps, now, *others):
+    """A run that takes the step from the state that it reached."""
+
+    def run():
+        nonlocal now
+        now, metrics = train_steps(now, *others)
+        jax.block_until_ready((now, metrics))
+
+    return run
+
+
 def _train(spec):
-    """The step that `experiments/train.py` runs, augmentation and its check for finite gradients included."""
-
-    def make(batch):
-        config = _config(spec, batch)
-        devices = jax.local_devices()[:1]
-        K = spec["calls"]
-        optimizer = state.adam(config, 1000)
-        graphdef, now = state.create(config, optimizer, devices)
-        train_steps = step.make_train(config, graphdef, optimizer, devices, None)
-        x, y = (jax.device_put(array, state.replicated(devices)) for array in _samples(config, batch))
-        index = np.broadcast_to(np.arange(batch, dtype=np.int32), (1, K, batch))
-        asked = np.zeros(1, np.int32)
-
-        def run():
-            nonlocal now
-            now, metrics = train_steps(now, x, y, index, asked)
-            jax.block_until_ready((now, metrics))
-
-        return run
-
-    run, batch = _fitting(make, spec["batch"])
-    flops = 6 * multiply_adds(spec["network"]) * batch  # forward, and twice that for the two gradients
-    return run, _facts(samples=spec["calls"] * batch, flops=spec["calls"] * flops)
+    run, batch = fitting(lambda batch: _stepping(*_step(spec, batch)), spec["batch"], _is_full)
+    samples = spec["calls"] * batch
+    return run, _facts(samples=samples, flops=training_operations(spec["network"]) * samples)
 
 
 def _infer(spec):
@@ -160,38 +168,28 @@ def _infer(spec):
         x = step.frames_for(config, jnp.asarray(_samples(config, batch)[0]))
         return _calls(spec, lambda: forward(weights, x))
 
-    run, batch = _fitting(make, spec["batch"])
+    run, batch = fitting(make, spec["batch"], _is_full)
     samples = spec["calls"] * batch
     return run, _facts(samples=samples, flops=2 * multiply_adds(spec["network"]) * samples)
 
 
-def _fitting(make, batch):
-    """make(batch) and batch; for "largest" the last power of two times 16 that the device's memory holds."""
-    if batch != "largest":
-        return make(batch), batch
-    batch = 16
-    while True:
-        try:
-            make(2 * batch)()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return make(batch), batch
-        batch *= 2
+def _is_full(error):
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _memory(spec):
-    """Peak memory of a training step: what the compiled step's buffers take, all of them planned ahead."""
-    config = _config(spec, spec["batch"])
-    device = jax.local_devices()[0]
-    optimizer = state.adam(config, 1000)
-    graphdef, now = state.create(config, optimizer, [device])
-    x, y = _samples(config, spec["batch"])
-    index = np.arange(spec["batch"], dtype=np.int32)[None, None]
-    train_steps = step.make_train(config, graphdef, optimizer, [device], None)
-    plan = train_steps.lower(now, x, y, index, np.zeros(1, np.int32)).compile().memory_analysis()
+    """Peak memory of a training step: what the compiled step's buffers take, all of them planned ahead.
+
+    On a CPU the growth of the process beside it, for of PyTorch nothing else can be seen there.
+    """
+    before = peak_resident()
+    train_steps, *arguments = _step(spec, spec["batch"])
+    compiled = train_steps.lower(*arguments).compile()
+    plan = compiled.memory_analysis()
     peak = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
-    return lambda: None, _facts(peak_bytes=peak)
+    if jax.default_backend() != "cpu":
+        return lambda: None, _facts(peak_bytes=peak)
+    return _stepping(compiled, *arguments), lambda: _facts(peak_bytes=peak_resident() - before, planned_bytes=peak)
 
 
 def _frames(spec):
@@ -217,7 +215,7 @@ def _epoch(spec):
     """An epoch as a user runs it or, `bare`, its compiled steps and evaluations with nothing between them."""
     from plif_jax import data
     from plif_jax.data import batches
-    from plif_jax.training import devices, loop, signals
+    from plif_jax.training import loop, signals
     from plif_jax.training.checkpoint import Checkpoints
 
     ending = contextlib.ExitStack()
@@ -230,7 +228,7 @@ def _epoch(spec):
         test_samples=spec["test_samples"],
         max_epoch=1000,
     )
-    chosen = devices.choose(config)[:1]
+    chosen = jax.local_devices()[:1]  # asked for all, `devices.choose` refuses a number that the batch cannot be cut in
     checkpoints = ending.enter_context(Checkpoints(config.checkpoint_dir, config, print))
     dataset = data.load(config, progress=False)
     parts = batches.partition(config, dataset)

@@ -30,15 +30,26 @@ def _observed(network, batch=1):
     return seen
 
 
+def _multiply_adds(network):
+    """Multiply-adds of one sample's forward pass, convolution by convolution and linear layer by linear layer."""
+    return [
+        prod(leaving) * entering[-1] * (9 if isinstance(layer, nnx.Conv) else 1)
+        for layer, entering, leaving in _observed(network)
+        if isinstance(layer, nnx.Conv | nnx.Linear)
+    ]
+
+
 def multiply_adds(network):
     """Multiply-adds of one sample's forward pass; convolutions and linear layers only, the static part once."""
-    total = 0
-    for layer, entering, leaving in _observed(network):
-        if isinstance(layer, nnx.Conv):
-            total += prod(leaving) * 9 * entering[-1]
-        elif isinstance(layer, nnx.Linear):
-            total += prod(leaving) * entering[-1]
-    return total
+    return sum(_multiply_adds(network))
+
+
+def training_operations(network):
+    """Operations of one sample's training step: the forward pass, and as many for each of a layer's two gradients.
+
+    But the first layer's input is data, whose gradient nobody computes.
+    """
+    return 6 * multiply_adds(network) - 2 * _multiply_adds(network)[0]
 
 
 def traffic(network, batch):

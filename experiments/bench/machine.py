@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 
@@ -15,6 +17,12 @@ def machine():
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
     }
+
+
+def peak_resident():
+    """The most bytes of memory that this process ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu():

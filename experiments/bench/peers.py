@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class PeerError(RuntimeError):
-    """A peer could not be built or run; the message is the last line that it wrote."""
+    """A peer could not be built or run; the message is its error, or the last line that it wrote before it died."""
 
 
 class Peer:
@@ -56,7 +56,10 @@ class Peer:
             self.errors.seek(0)
             errors = self.errors.read().strip().splitlines()
             raise PeerError(errors[-1] if errors else f"ended with status {self.process.returncode}")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
 
     def run(self):
         """Seconds of one run."""
@@ -77,12 +80,19 @@ class Peer:
 
 
 def in_turn(peers, rounds, limit):
-    """Seconds of each peer's runs, {name: [rounds]}, one run of each per round; no round starts after `limit` s."""
-    seconds = {name: [] for name in peers}
+    """Seconds of each peer's runs, {name: [rounds]}, one run of each per round; no round starts after `limit` s.
+
+    Beside them {name: reason} of the peers that died; the others go on without these.
+    """
+    seconds, died = {name: [] for name in peers}, {}
     began = time.monotonic()
     for _ in range(rounds):
-        for name, peer in peers.items():
-            seconds[name].append(peer.run())
+        for name in list(seconds):
+            try:
+                seconds[name].append(peers[name].run())
+            except PeerError as error:
+                died[name] = str(error)
+                del seconds[name]
         if time.monotonic() - began > limit:
             break
-    return seconds
+    return seconds, died

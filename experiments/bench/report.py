@@ -19,7 +19,8 @@ def line(row):
 
 LEGEND = (
     "ours, theirs: time of a call, of train and infer per sample. ratio: theirs over ours, how many times faster ours\n"
-    "is, of the matrix product the share of its rate; but ours over theirs of copy, bare steps and memory"
+    "is, of the matrix product the share of its rate; but ours over theirs of copy, bare steps and memory, whose rows\n"
+    "'T=b over T=a' tell how many times the memory of T=a is needed at T=b"
 )
 HEADER = (
     f"{'case':<44} {'against':<24} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'n':>3} {'±':>5}"
@@ -27,9 +28,20 @@ HEADER = (
 
 
 def _figure(value, row):
-    if row.get("unit") == "MiB":
-        return f"{value:.0f} MiB"
+    if "unit" in row:
+        return f"{value:.{0 if row['unit'] == 'MiB' else 2}f} {row['unit']}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def ran_on(peers):
+    """Devices and versions of the peers, a line for each that differs."""
+    return sorted(
+        {
+            f"{facts['device']}, {facts['threads']} CPU threads: "
+            + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+            for facts in peers.values()
+        }
+    )
 
 
 def write(folder, machine, rows, peers):

@@ -11,6 +11,9 @@ from plif_jax.catalog import DATASETS
 # So many events make one run of frames: a short recording is integrated over and over.
 FRAMES_EVENTS = 2_000_000
 
+# Of a peer of ours that has the device to itself: nearly all of its memory, as PyTorch takes it.
+WHOLE_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
 
 @dataclass
 class Bench:
@@ -34,19 +37,25 @@ class Bench:
         backends = {"SpikingJelly": {}}
         if self.gpu:
             backends = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in self.backends}
-        return {name + label: (self.peer_python, "torch_work", spec, env) for name, env in backends.items()}
+        return {name + label: self.theirs(spec, env) for name, env in backends.items()}
 
-    def ours(self, spec):
+    def theirs(self, spec, environment=()):
+        """A peer of the other interpreter, on the kind of device that JAX has."""
+        hidden = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        return self.peer_python, "torch_work", spec | {"gpu": self.gpu}, hidden | dict(environment)
+
+    def ours(self, spec, environment=()):
         """A peer of our own interpreter."""
-        return self.python, "jax_work", spec, {}
+        return self.python, "jax_work", spec, dict(environment)
 
     @contextlib.contextmanager
     def started(self, case, wanted):
         """The peers that run, {name: peer}; one that cannot becomes a line that says why."""
         with contextlib.ExitStack() as stack:
-            starting = {name: stack.enter_context(contextlib.closing(Peer(*peer))) for name, peer in wanted.items()}
+            starting = ((name, stack.enter_context(contextlib.closing(Peer(*peer)))) for name, peer in wanted.items())
             running = {}
-            for name, peer in starting.items():
+            # On a GPU each once the one before is ready: compiling times kernels, which others' work would mislead.
+            for name, peer in starting if self.gpu else list(starting):
                 try:
                     self.peers[f"{case}: {name}"] = peer.ready()
                     running[name] = peer
@@ -55,12 +64,11 @@ class Bench:
             yield running
 
     def in_turn(self, case, running):
-        """Seconds and facts of running peers."""
-        try:
-            return in_turn(running, self.rounds, self.limit), {name: peer.facts for name, peer in running.items()}
-        except PeerError as error:
-            self.tell(missing(case, "all", str(error)))
-            return {}, {}
+        """Seconds and facts of running peers; one that dies becomes a line that says why."""
+        seconds, died = in_turn(running, self.rounds, self.limit)
+        for name, reason in died.items():
+            self.tell(missing(case, name, reason))
+        return seconds, {name: running[name].facts for name in seconds}
 
     def measure(self, case, wanted):
         """Seconds and facts of peers started together."""
@@ -103,7 +111,8 @@ def _rates(bench, kind, targets, *, names, batches, precisions, modes):
         case = f"{kind} {name} batch={batch} {precision}"
         spec = {"kind": kind, "network": network(name), "batch": batch, "precision": precision, "calls": bench.calls}
         matmul = {"kind": "matmul", "size": 8192 if bench.gpu else 2048, "precision": precision, "calls": bench.calls}
-        ours = {"ours": bench.ours(spec), "matrix product": bench.ours(matmul)}
+        environment = WHOLE_MEMORY if batch == "largest" else {}
+        ours = {"ours": bench.ours(spec, environment), "matrix product": bench.ours(matmul)}
         theirs = {}
         for mode in modes:
             theirs |= bench.spikingjelly(spec | {"mode": mode[0]}, f" {mode}")
@@ -133,9 +142,13 @@ def _measured(bench, case, ours, theirs, alone):
         yield bench.measure(case, {**ours, **theirs})
         return
     with bench.started(case, ours) as running:
-        for name, peer in theirs.items() if "ours" in running else ():
+        for name, peer in theirs.items():
+            if "ours" not in running:
+                break
             with bench.started(case, {name: peer}) as one:
-                yield bench.in_turn(case, running | one)
+                seconds, facts = bench.in_turn(case, running | one)
+            running = {n: peer for n, peer in running.items() if n in seconds}
+            yield seconds, facts
 
 
 def _tell_rates(bench, case, seconds, facts, targets):
@@ -184,7 +197,7 @@ def frames(bench, *, recordings):
         peers = {
             "ours": bench.ours(spec | {"by": "plif_jax"}),
             "tonic ToFrame": bench.ours(spec | {"by": "tonic"}),
-            "SpikingJelly": (bench.peer_python, "torch_work", spec, {}),
+            "SpikingJelly": bench.theirs(spec),
         }
         seconds, _ = bench.measure(case, peers)
         seconds = {name: [t / spec["repeats"] for t in times] for name, times in seconds.items()}
@@ -206,14 +219,25 @@ def pipeline(bench, *, name, data_root, train_samples, test_samples):
 
 def memory(bench, *, names, Ts):
     """Peak memory of a training step against SpikingJelly's, and how both grow with T."""
-    for name, T in ((n, T) for n in names for T in Ts):
-        case = f"memory {name} T={T} batch=16"
-        spec = {"kind": "memory", "network": network(name) | {"T": T}, "batch": 16, "precision": "float32", "calls": 1}
-        backend = bench.spikingjelly(spec | {"mode": "m"}, " multi-step")
-        found = {}
-        for who, arguments in {"ours": bench.ours(spec), **dict(list(backend.items())[:1])}.items():
-            _, facts = bench.measure(case, {who: arguments})
-            found |= {n: [fact["peak_bytes"] / 2**20] for n, fact in facts.items()}
-        for who in [who for who in found if who != "ours"] if "ours" in found else ():
-            target = Target(0.5, at_most=True) if bench.gpu else None
-            bench.tell(row(case, found, "ours", who, slower=False, target=target, unit="MiB"))
+    target = Target(0.5, at_most=True) if bench.gpu else None
+    for name in names:
+        peaks = {T: _peaks(bench, name, T, target) for T in sorted(set(Ts))}
+        short, long = min(Ts), max(Ts)
+        growth = {who: [peaks[long][who] / peaks[short][who]] for who in peaks[long] if peaks[short].get(who)}
+        for who in [who for who in growth if who != "ours"] if "ours" in growth and short != long else ():
+            bench.tell(row(f"memory {name} T={long} over T={short}", growth, "ours", who, slower=False, unit="x"))
+
+
+def _peaks(bench, name, T, target):
+    """Tells, and returns, the peak memory of a training step, {peer: MiB}."""
+    case = f"memory {name} T={T} batch=16"
+    spec = {"kind": "memory", "network": network(name) | {"T": T}, "batch": 16, "precision": "float32", "calls": 1}
+    backends = bench.spikingjelly(spec | {"mode": "m"}, " multi-step")
+    found = {}
+    for who, peer in {"ours": bench.ours(spec), **dict(list(backends.items())[:1])}.items():
+        with bench.started(case, {who: peer}) as running:  # ready: it has run
+            found |= {n: peer.facts["peak_bytes"] / 2**20 for n, peer in running.items()}
+    figures = {who: [peak] for who, peak in found.items()}
+    for who in [who for who in found if who != "ours"] if "ours" in found else ():
+        bench.tell(row(case, figures, "ours", who, slower=False, target=target, unit="MiB"))
+    return found

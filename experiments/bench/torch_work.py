@@ -4,23 +4,28 @@ The networks are the paper's as `plif_jax.networks` has them, so the static part
 in SpikingJelly's own model zoo: the stronger peer.
 """
 
-import resource
+import gc
 from importlib import metadata
 
 import numpy as np
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, precision, surrogate
 from torch import nn
 
+from bench.fitting import fitting
+from bench.machine import peak_resident
 from bench.recordings import recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # As JAX does unless told otherwise; no effect on a CPU.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+torch.backends.cudnn.benchmark = True  # shapes are fixed, and XLA times kernels too
 
 
 def build(spec):
     """(run, facts) of a spec."""
+    if spec["gpu"] and DEVICE.type != "cuda" and spec["kind"] != "frames":  # which no GPU makes
+        raise RuntimeError("PyTorch finds no GPU, JAX has one")
     return {"neuron": _neuron, "train": _network, "infer": _network, "memory": _memory, "frames": _frames}[
         spec["kind"]
     ](spec)
@@ -40,7 +45,8 @@ def _calls(spec, call):
 
 def _facts(**facts):
     versions = {name: metadata.version(name) for name in ("torch", "spikingjelly")}
-    return {"device": str(DEVICE), "threads": torch.get_num_threads(), "versions": versions, **facts}
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions, **facts}
 
 
 def _plif(mode):
@@ -115,7 +121,7 @@ def _step(spec, batch):
     shape = (batch, C, H, W) if net.still is not None else (net.T, batch, C, H, W)
     x = torch.randn(shape).to(DEVICE)
     target = nn.functional.one_hot(torch.arange(batch) % net.classes, net.classes).float().to(DEVICE)
-    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=spec["precision"] == "bfloat16")
+    net, autocast = _in_precision(net, spec)
     if spec["kind"] == "infer":
         net.eval()
 
@@ -137,28 +143,41 @@ def _step(spec, batch):
     return _calls(spec, step)
 
 
+def _in_precision(net, spec):
+    """The network, and the context that it runs in.
+
+    On a GPU SpikingJelly's kernels refuse what autocast makes, and a loop over timesteps takes their place: it has a
+    way of its own to have them in bfloat16, multi-step.
+    """
+    if spec["precision"] == "bfloat16" and spec["mode"] == "m" and DEVICE.type == "cuda":
+        wanted = precision.PrecisionConfig(mode="bf16", neuron_storage="bf16")
+        prepared = precision.prepare_model_for_precision(net, DEVICE, wanted)
+        return prepared.model, prepared.autocast_context()
+    return net, torch.autocast(DEVICE.type, torch.bfloat16, enabled=spec["precision"] == "bfloat16")
+
+
 def _network(spec):
-    if spec["batch"] != "largest":
-        return _step(spec, spec["batch"]), _facts(samples=spec["calls"] * spec["batch"])
-    batch = 16
-    while True:
-        try:
-            _step(spec, 2 * batch)()
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return _step(spec, batch), _facts(samples=spec["calls"] * batch)
-        batch *= 2
+    def make(batch):
+        gc.collect()
+        torch.cuda.empty_cache()  # of the trial before
+        return _step(spec, batch)
+
+    run, batch = fitting(make, spec["batch"], lambda error: isinstance(error, torch.cuda.OutOfMemoryError))
+    return run, _facts(samples=spec["calls"] * batch)
 
 
 def _memory(spec):
     """Peak memory of a training step; on a CPU the growth of the process, which is what PyTorch lets one see."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     run = _step(spec | {"kind": "train"}, spec["batch"])
+    if DEVICE.type == "cuda":
+        run()
+        torch.cuda.reset_peak_memory_stats()  # cuDNN has tried its algorithms, also those that take much
 
     def facts():
         if DEVICE.type == "cuda":
             return _facts(peak_bytes=torch.cuda.max_memory_allocated())
-        return _facts(peak_bytes=1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        return _facts(peak_bytes=peak_resident() - before)
 
     return run, facts
 

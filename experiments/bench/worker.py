@@ -15,6 +15,15 @@ def main(framework, spec):
     def answer(**facts):
         print(json.dumps(facts), file=answers, flush=True)
 
+    try:
+        _serve(framework, spec, answer)
+    except Exception as error:
+        # Not left to standard error: there the last line is often a hint of JAX's, or a library's farewell.
+        answer(error=": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
+        raise
+
+
+def _serve(framework, spec, answer):
     run, facts = importlib.import_module(f"bench.{framework}").build(spec)
     # A GPU that was idle takes a while to reach its clock rates.
     began, runs = time.perf_counter(), 0

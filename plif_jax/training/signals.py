@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -54,3 +55,18 @@ def listening():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(fd_before)
         os.close(arriving)  # ends the watching
+
+
+@contextlib.contextmanager
+def ending():
+    """Within it SIGTERM ends the program by an exception, as Ctrl-C does, so that what is finished can be written."""
+
+    def end(signum, frame):
+        signal.signal(signum, signal.SIG_IGN)  # a second one must not end the writing
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
