@@ -1,126 +1,33 @@
-"""The benchmark: its arithmetic, and its processes in miniature; SpikingJelly only where it is installed."""
+"""The benchmark: its arithmetic, its command line, our side of each comparison, and the whole in miniature."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import signal
 import sys
-import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from plif_jax import cli, neurons
-from plif_jax.data import frames
+from plif_jax import cli
 from plif_jax.errors import UserError
-from plif_jax.networks import NETWORKS
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
 import benchmark
 from bench import jax_work, limits, ratios, report, suites
-from bench.fitting import fitting
-from bench.peers import Peer, PeerError, in_turn
-from bench.recordings import recording
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
-
-
-class Clock:
-    """A peer that takes the seconds it is told."""
-
-    def __init__(self, seconds, order):
-        self.seconds, self.order = iter(seconds), order
-
-    def run(self):
-        self.order.append(self)
-        return next(self.seconds)
-
-
-def test_peers_run_in_turn():
-    order = []
-    a, b = Clock([1, 2, 3], order), Clock([4, 5, 6], order)
-    assert in_turn({"a": a, "b": b}, rounds=3, limit=60) == ({"a": [1, 2, 3], "b": [4, 5, 6]}, {})
-    assert order == [a, b, a, b, a, b]
-
-
-def test_no_round_starts_after_the_limit():
-    assert in_turn({"a": Clock([1, 2], [])}, rounds=2, limit=0) == ({"a": [1]}, {})
-
-
-def test_a_peer_that_dies_leaves_the_others_their_rounds(monkeypatch):
-    def dies():
-        yield 1
-        raise PeerError("no memory")
-
-    names = ("ours", "copy", "peer")
-    for dead in names:
-        said = []
-        bench = suites.Bench("python", "python", 2, 60, False, [], said.append)
-        peers = {name: Clock(dies() if name == dead else [2, 3], []) for name in names}
-        for peer in peers.values():
-            peer.facts = {}
-        seconds, facts = bench.in_turn("case", peers)
-        assert seconds == {name: [2, 3] for name in names if name != dead} and seconds.keys() == facts.keys()
-        assert bench.rows == said == [{"case": "case", "against": dead, "reason": "no memory"}]
-
-
-@pytest.mark.parametrize(
-    ("dead", "pairs"),
-    [
-        ("ours", [["ours", "product", "a"]]),
-        ("product", [["ours", "product", "a"], ["ours", "b"]]),
-        ("a", [["ours", "product", "a"], ["ours", "product", "b"]]),
-    ],
-)
-def test_a_peer_that_died_is_not_asked_again_by_the_next_pair(dead, pairs):
-    asked = []
-
-    def in_turn(case, peers):
-        asked.append(list(peers))
-        left = {name: peer for name, peer in peers.items() if name != dead}
-        return left, left
-
-    started = contextlib.contextmanager(lambda case, peers: iter([peers]))
-    bench = SimpleNamespace(gpu=True, started=started, in_turn=in_turn)
-    list(suites._measured(bench, "case", {"ours": 0, "product": 0}, {"a": 1, "b": 2}, False))
-    assert asked == pairs
 
 
 def test_ratio_cancels_a_load_that_both_felt():
     # The load came in the middle of the second round; the medians alone would say 24 / 1.
     assert ratios.ratio([3, 24, 24], [1, 1, 8]) == 3
-
-
-@pytest.mark.parametrize(
-    ("gpu", "alone", "together"),
-    [
-        (False, False, [["ours", "a", "b"]]),
-        (True, False, [["ours", "a"], ["ours", "b"]]),
-        (True, True, [["ours"], ["a"], ["b"]]),
-    ],
-)
-def test_peers_share_a_gpu_by_twos_and_no_memory_that_one_fills(gpu, alone, together):
-    asked = []
-
-    def in_turn(case, peers):
-        asked.append(list(peers))
-        return dict(peers), dict(peers)
-
-    started = contextlib.contextmanager(lambda case, peers: iter([peers]))
-    bench = SimpleNamespace(gpu=gpu, started=started, in_turn=in_turn, measure=in_turn)
-    measured = list(suites._measured(bench, "case", {"ours": 0}, {"a": 1, "b": 2}, alone))
-    assert asked == together
-    assert {name for seconds, _ in measured for name in seconds} == {"ours", "a", "b"}
-    assert all("ours" in seconds for seconds, _ in measured)
 
 
 def test_the_share_of_the_matrix_rate_is_of_work_done():
@@ -204,132 +111,6 @@ def test_a_backend_that_does_not_start_says_why(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     with pytest.raises(UserError, match=r"JAX does not start with JAX_PLATFORMS=abacus: .*abacus"):
         benchmark.main(["neuron"])
-
-
-def test_a_peer_that_cannot_be_built_says_why():
-    peer = Peer(sys.executable, "jax_work", {"kind": "nothing"})
-    with contextlib.closing(peer), pytest.raises(PeerError, match=r"^KeyError: 'nothing'$"):
-        peer.ready()
-
-
-def test_an_error_within_a_compiled_program_is_told_and_not_what_jax_says_after_it():
-    spec = {"kind": "copy", "T": 2, "N": 3, "calls": "many"}
-    peer = Peer(sys.executable, "jax_work", spec)
-    with contextlib.closing(peer), pytest.raises(PeerError, match=r"^TypeError: .*many"):
-        peer.ready()
-
-
-PEER = """#!{python}
-import os, sys, types
-from bench import worker
-ready = []
-def run():
-    if ready:
-        {ending}
-sys.modules["bench.own"] = types.SimpleNamespace(build=lambda spec: (run, lambda: ready.append(1) or {{}}))
-worker.main("own", {{"warmup": 1}})
-"""
-
-
-@pytest.mark.parametrize(
-    ("ending", "said"),
-    [
-        (r"raise ValueError('first\nsecond')", "^ValueError: first$"),
-        ("raise ValueError", "^ValueError$"),
-        (r"os.write(1, b'farewell\n'); os._exit(3)", "^farewell$"),
-        ("os._exit(3)", "^ended with status 3$"),
-    ],
-)
-def test_a_peer_that_fails_or_dies_at_work_says_why(tmp_path, ending, said):
-    program = tmp_path / "peer"
-    program.write_text(PEER.format(python=sys.executable, ending=ending))
-    program.chmod(0o755)
-    with contextlib.closing(Peer(str(program), "own", {})) as peer:
-        peer.ready()
-        with pytest.raises(PeerError, match=said):
-            peer.run()
-
-
-class Started:
-    """A peer that starts and gets ready, and says so in `order`."""
-
-    order: ClassVar = []
-
-    def __init__(self, name):
-        self.name = name
-        self.order.append(f"{name} starts")
-
-    def ready(self):
-        self.order.append(f"{self.name} is ready")
-
-    def close(self):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("gpu", "order"),
-    [
-        (True, ["a starts", "a is ready", "b starts", "b is ready"]),
-        (False, ["a starts", "b starts", "a is ready", "b is ready"]),
-    ],
-)
-def test_on_a_gpu_nobody_starts_while_another_compiles(monkeypatch, gpu, order):
-    monkeypatch.setattr(suites, "Peer", Started)
-    monkeypatch.setattr(Started, "order", [])
-    bench = suites.Bench("python", "python", 1, 1, gpu, [], print)
-    with bench.started("case", {"a": "a", "b": "b"}) as running:
-        assert list(running) == ["a", "b"] and Started.order == order
-
-
-@pytest.mark.parametrize("gpu", [True, False])
-def test_both_sides_have_the_same_kind_of_device(gpu):
-    bench = suites.Bench("python", "python", 1, 1, gpu, ["auto"], print)
-    ((*_, spec, environment),) = bench.spikingjelly({"kind": "neuron"}).values()
-    assert spec == {"kind": "neuron", "gpu": gpu}
-    assert environment == ({"SJ_PLIF_CUDA_IMPLEMENTATION": "auto"} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def test_for_the_largest_batch_ours_has_the_whole_memory(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        suites, "_measured", lambda bench, case, ours, theirs, alone: asked.update({case: (ours, theirs)}) or []
-    )
-    bench = suites.Bench("python", "python", 1, 1, True, ["auto"], print)
-    suites.train(bench, names=["MNIST"], batches=[16, "largest"], precisions=["float32"], modes=["multi-step"])
-    (few, _), (many, theirs) = asked.values()
-    assert few["ours"][-1] == {} and many["ours"][-1]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
-    assert not any(name.startswith("XLA") for peer in theirs.values() for name in peer[-1])
-
-
-def test_the_largest_batch_is_built_once_what_did_not_fit_is_freed():
-    class Array:
-        pass
-
-    built, left = [], []
-
-    def make(batch):
-        assert not [array for array in left if array()]
-        array = Array()
-        left.append(weakref.ref(array))
-        built.append(batch)
-
-        def run():
-            if batch > 64:
-                raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {array}")
-            return array
-
-        return run
-
-    run, batch = fitting(make, "largest", jax_work._is_full)
-    assert (batch, built) == (64, [32, 64, 128, 64]) and isinstance(run(), Array)
-    del run
-    assert fitting(make, 16, jax_work._is_full)[1] == 16
-
-    def fail(batch):
-        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
-        fitting(fail, "largest", jax_work._is_full)
 
 
 def test_memory_tells_how_it_grows_with_T(monkeypatch):
@@ -450,85 +231,3 @@ def test_neuron_and_frames_in_miniature(tmp_path, monkeypatch):
         assert "No module named" in rows["SpikingJelly"]["reason"]
     else:
         assert rows["SpikingJelly"]["ratio"] > 0
-
-
-@pytest.fixture(scope="module")
-def torch_work():
-    """SpikingJelly's side, where it is installed."""
-    pytest.importorskip("spikingjelly")
-    from bench import torch_work
-
-    return torch_work
-
-
-@pytest.mark.parametrize("mode", ["m", "s"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_their_network_is_ours(torch_work, name, mode):
-    """Each parameter has as many elements, and what goes in and comes out is the same."""
-    import torch
-
-    told = suites.network(name) | {"T": 2}
-    with torch.no_grad():
-        theirs = torch_work.Network(**told, mode=mode).eval()
-        H, W, C = told["shape"]
-        x = torch.rand((2, C, H, W) if theirs.still is not None else (2, 2, C, H, W))
-        assert theirs(x).shape == (2, told["classes"])
-    settings = {key: told[key] for key in ("T", "channels", "number_layer") if told[key] is not None}
-    ours = nnx.eval_shape(lambda: NETWORKS[name](rngs=nnx.Rngs(0), **settings))
-    sizes = sorted(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(ours, nnx.Param)))
-    assert sizes == sorted(parameter.numel() for parameter in theirs.parameters())
-
-
-def test_their_neuron_spikes_as_ours(torch_work):
-    import torch
-
-    x, _ = jax_work._currents({"T": 8, "N": 1000})
-    theirs = torch_work._plif("m")(torch.from_numpy(np.array(x))).detach().numpy()
-    np.testing.assert_array_equal(theirs, neurons.PLIF()(x))
-    assert 0.1 < theirs.mean() < 0.9
-
-
-def test_their_frames_are_ours(torch_work):
-    from spikingjelly.datasets import utils
-
-    events = recording(events=3000, height=5, width=7)
-    columns = {name: np.ascontiguousarray(events[name]) for name in ("t", "x", "y", "p")}
-    theirs = utils.integrate_events_by_fixed_frames_number(columns, "number", 4, 5, 7)
-    np.testing.assert_array_equal(theirs.transpose(0, 2, 3, 1), frames.integrate(events, 5, 7, 4))
-
-
-@pytest.mark.parametrize("mode", ["m", "s"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["train", "infer", "memory"])
-def test_their_side_of_each_comparison_runs(torch_work, kind, precision, mode):
-    network = suites.network("Digits") | {"T": 2, "channels": 2, "number_layer": 1}
-    spec = {"kind": kind, "network": network, "precision": precision, "mode": mode, "batch": 4, "calls": 2}
-    run, facts = torch_work.build(spec | {"gpu": torch_work.DEVICE.type == "cuda"})
-    run()
-    assert facts()["peak_bytes"] >= 0 if kind == "memory" else facts["samples"] == 8
-
-
-def test_their_side_has_a_gpu_where_ours_has(torch_work, monkeypatch):
-    import torch
-
-    assert torch.backends.cudnn.benchmark
-    monkeypatch.setattr(torch_work, "DEVICE", torch.device("cpu"))
-    with pytest.raises(RuntimeError, match=r"^PyTorch finds no GPU, JAX has one$"):
-        torch_work.build({"kind": "neuron", "T": 2, "N": 3, "calls": 1, "gpu": True})
-
-
-def test_on_a_gpu_their_neurons_keep_their_kernels_in_bfloat16(torch_work, monkeypatch):
-    import torch
-
-    asked = []
-
-    def prepare(net, device, wanted):
-        asked.append((device.type, wanted.mode, wanted.neuron_storage))
-        return SimpleNamespace(model=net, autocast_context=lambda: "theirs")
-
-    monkeypatch.setattr(torch_work.precision, "prepare_model_for_precision", prepare)
-    for device, mode, kept in (("cuda", "m", True), ("cuda", "s", False), ("cpu", "m", False)):
-        monkeypatch.setattr(torch_work, "DEVICE", torch.device(device))
-        _, context = torch_work._in_precision("net", {"precision": "bfloat16", "mode": mode})
-        assert (context == "theirs") == kept
-    assert asked == [("cuda", "bf16", "bf16")]
