@@ -162,3 +162,14 @@ def test_an_archive_may_not_leave_its_folder(tmp_path, kind):
     with pytest.raises(UserError, match=r"a\.(zip|tar).*\.\./\.\./escaped"):
         archives.unpacked(archive, tmp_path / "cache")
     assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_time_that_is_none_is_told_in_a_line(tmp_path):
+    """Found by fuzzing: more seconds than a system's clock counts."""
+    archive = tmp_path / "a.tar"
+    with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as packed:
+        member = tarfile.TarInfo("Train/0/1.bin")
+        member.mtime = 2**80
+        packed.addfile(member)
+    with pytest.raises(UserError, match=r"a\.tar: the archive is truncated or damaged \(.*\): fetch it again"):
+        archives.unpacked(archive, tmp_path / "cache")

@@ -14,7 +14,10 @@ from plif_jax.data import storage
 from plif_jax.errors import UserError
 
 # What reading a damaged archive raises, by way of its compression too.
-DAMAGE = zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(EOFError, OSError, RuntimeError, ValueError, OverflowError),
+)
 LEADS_OUT = getattr(tarfile, "FilterError", ())  # the first releases of Python 3.11 have no filter
 
 
