@@ -21,10 +21,8 @@ class DatasetFacts:
     shape: tuple[int, int, int]  # height, width, channels of one image or one frame
     classes: int
     T: int  # the paper's number of timesteps
-    channels: int | None = (
-        None  # the convolutions' width, the paper's where it has one; None where the network fixes it
-    )
-    number_layer: int | None = None  # of convolutions; None likewise
+    channels: int | None = None  # width of the convolutions; None where the network fixes it
+    number_layer: int | None = None  # number of convolutions; None likewise
     names: tuple[str, ...] | None = None  # of the classes, in the order of their labels; None: digits
 
     @property

@@ -276,7 +276,7 @@ def dropout_key(rngs):
         return rngs.dropout()
     try:
         keys = rngs if _is_key(rngs) else jax.random.wrap_key_data(rngs)
-    except (TypeError, ValueError, AttributeError):  # JAX's words for what are no keys
+    except (TypeError, ValueError, AttributeError):  # what JAX says to anything else
         shape = f", shape {np.shape(rngs)}" if isinstance(rngs, jax.Array | np.ndarray) else ""
         raise UserError(
             f"rngs is of type {type(rngs).__name__}{shape}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)"

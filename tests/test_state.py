@@ -40,9 +40,7 @@ def test_the_network_is_the_one_that_the_settings_name(settings):
     layers = net.named_layers().values()
     assert {layer.use_max for layer in layers if isinstance(layer, networks.Pool)} == {config.use_max_pool}
     convolutions = [layer for layer in layers if isinstance(layer, Conv3x3)]
-    assert len(convolutions) == config.number_layer and {conv.out_features for conv in convolutions} == {
-        config.channels
-    }
+    assert [conv.out_features for conv in convolutions] == [config.channels] * config.number_layer
     assert {conv.dtype for conv in convolutions} == {jnp.bfloat16 if config.precision == "bfloat16" else None}
     assert net.T == config.T
 

@@ -140,15 +140,15 @@ def read(paths) -> dict[str, list[tuple[int, float]]]:
 
 def _read_csv(path):
     """Yields (tag, wall time, step, value) of a CSV file."""
+    _, _, tag = path.stem.partition("-tag-")
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines, strict=True):
-            _, _, tag = path.stem.partition("-tag-")
             if tag:
                 time, step, value = (row[name] or "missing" for name in ("Wall time", "Step", "Value"))
                 yield tag, float(time), int(step), float(value)
             else:
-                for tag in ("val_accuracy", "test_accuracy"):
-                    yield tag, 0.0, int(row["epoch"]), float(row[tag] or "missing")
+                for name in ("val_accuracy", "test_accuracy"):
+                    yield name, 0.0, int(row["epoch"]), float(row[name] or "missing")
 
 
 def _read_events(path):
