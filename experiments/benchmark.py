@@ -19,7 +19,6 @@ from pathlib import Path
 
 from bench import report, suites
 from bench.machine import machine
-
 from plif_jax import cli
 from plif_jax.config import Parser
 from plif_jax.errors import UserError

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import ablation
-
 from plif_jax import cli, config, data
 from plif_jax.config import Parser, refuse_unknown
 from plif_jax.curves import summary

@@ -7,6 +7,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from plif_jax import layers
+from plif_jax.batch_statistics import normalize_gradient, statistics
 from plif_jax.mapped import vary_alike
 from plif_jax.neurons import Neuron
 from plif_jax.sequence import fits, instantiated, run, sequence, sequence_gradient
@@ -36,7 +37,7 @@ def unroll(norm, neuron, v, x, *, T=None):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _unroll(eps, axis_name, graphdef, kernels, T, params, other, v, x, scale, bias):
     """Membranes and spikes of `sequence` on x normalised, and the statistics [T, 1, ..., C] of x."""
-    mean, var = layers.statistics(x, axis_name)
+    mean, var = statistics(x, axis_name)
     affine = mean, scale * lax.rsqrt(var + eps), bias
     return *sequence(graphdef, kernels, T, params, other, v, x, affine), mean, var
 
@@ -53,9 +54,9 @@ def _backward(eps, axis_name, graphdef, kernels, T, residuals, cotangents):
     *of_sequence, of_mean, of_var = cotangents
     affine = mean, scale * inverse, bias
     params_bar, v_bar, g = sequence_gradient(graphdef, kernels, T, params, other, v, x, *of_sequence, affine)
-    x_bar, scale_bar, bias_bar = layers.normalize_gradient(axis_name, x, scale, bias, mean, inverse, g)
+    x_bar, scale_bar, bias_bar = normalize_gradient(axis_name, x, scale, bias, mean, inverse, g)
     if not (isinstance(of_mean, SymbolicZero) and isinstance(of_var, SymbolicZero)):  # in a gradient's gradient
-        _, pull = jax.vjp(lambda x: layers.statistics(x, axis_name), x)
+        _, pull = jax.vjp(lambda x: statistics(x, axis_name), x)
         x_bar += pull(tuple(instantiated([of_mean, of_var], x)))[0]
     return params_bar, None, v_bar, x_bar, scale_bar, bias_bar
 

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 
 from plif_jax import neuron_kernel, neurons, sequence
 from plif_jax.config import Config
+from plif_jax.training import loop
 
 # Shapes that differ in their number of axes are a mistake more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -104,6 +105,13 @@ def settings():
         max_epoch=2,
         device="cpu:0",
     )
+
+
+@pytest.fixture(scope="session")
+def whole(settings, tmp_path_factory):
+    """An uninterrupted run: (config, result). Its tests are the group "training", of one worker."""
+    config = settings(log_dir_prefix=str(tmp_path_factory.mktemp("whole")))
+    return config, loop.train(config, say=lambda line: None)
 
 
 @pytest.fixture

@@ -1,8 +1,16 @@
-"""Damaged files, and what a reader may take of time and memory to refuse them."""
+"""Damaged bytes from outside: each reader refuses them with its documented error, or reads what was written.
 
+Files are random, cut short, have bits flipped, or bytes overwritten with the extremes that headers claim. Each reading
+is bounded in time and memory. What is compressed or has a checksum is also damaged beneath, so that a reader comes to
+what the damaged bytes claim. The short form tries some inputs of each kind, `make test-faults` thousands.
+"""
+
+import io
 import time
 import tracemalloc
+import zipfile
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +19,7 @@ from plif_jax.errors import UserError
 MEMORY = 100 << 20  # bytes that reading a file of a few thousand may take; libraries bring buffers of their own
 SECONDS = 10  # of processor time
 SHORT, LONG = 25, 2000
+both_forms = pytest.mark.parametrize("examples", [SHORT, pytest.param(LONG, marks=pytest.mark.faults)])
 EXTREMES = [b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0" * 8, b"\xff" * 8]
 
 
@@ -64,3 +73,12 @@ def try_all(strategy, check, examples):
         suppress_health_check=list(HealthCheck),
     )(given(strategy)(check))
     run()
+
+
+def stored(entries):
+    """A zip archive of {name: bytes}, as a file's bytes."""
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+        return file.getvalue()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from test_training import tensorboard
+from runs import tensorboard
 
 from plif_jax.config import Config
 from plif_jax.interop import torch

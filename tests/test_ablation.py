@@ -2,15 +2,11 @@ import dataclasses
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 
-from plif_jax.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import ablation
+from plif_jax.errors import UserError
 
 
 def finish(config, best=0.9, epochs=None):

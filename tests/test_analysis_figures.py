@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,11 +6,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+import figures
 from plif_jax.config import Config
 from plif_jax.networks import NMNISTNet
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import figures
 
 CLASSES = [f"class {c}" for c in range(10)]
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from plif_jax import cli
-from plif_jax.errors import UserError
-
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
 import benchmark
 from bench import jax_work, limits, ratios, report, suites
+from plif_jax import cli
+from plif_jax.errors import UserError
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 

@@ -3,14 +3,11 @@
 import contextlib
 import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import jax
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
 from bench import jax_work, suites
 from bench.fitting import fitting

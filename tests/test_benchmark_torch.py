@@ -1,8 +1,6 @@
 """SpikingJelly's side of the benchmark does the work that ours does; where it is installed."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,14 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bench import jax_work, suites
+from bench.recordings import recording
 from plif_jax import neurons
 from plif_jax.data import frames
 from plif_jax.networks import NETWORKS
-
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
-from bench import jax_work, suites
-from bench.recordings import recording
 
 
 @pytest.fixture(scope="module")

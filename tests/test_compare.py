@@ -1,18 +1,14 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tensorboardX import SummaryWriter
 
+import compare
 from plif_jax import curves
 from plif_jax.analysis import reference
 from plif_jax.config import Config
 from plif_jax.curves import figure
 from plif_jax.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import compare
 
 SETTINGS = dict(dataset_name="CIFAR10", use_plif=True, use_max_pool=True, detach_reset=True)
 ACCURACY = [(epoch, 0.5 + 0.01 * epoch) for epoch in range(40)]

@@ -1,124 +1,32 @@
-"""NIR graphs against a plain interpreter of NIR's equations, against other simulators, and back again."""
-
-from itertools import pairwise
+"""Networks as NIR graphs: against a plain interpreter of NIR's equations, against other simulators, and back again."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nir_graphs import (
+    CLASSES,
+    SHAPE,
+    B,
+    T,
+    as_frames,
+    assert_same_spikes,
+    interpret,
+    some_input,
+    spikes_of,
+    static_table,
+    trained,
+)
 
 from plif_jax import networks, neurons
 from plif_jax.analysis import operations
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm
 
 nir = pytest.importorskip("nir")
 
 from plif_jax.interop import nir as nir_interop  # noqa: E402
 from plif_jax.interop.fold import fold  # noqa: E402
-
-B, T, SHAPE, CLASSES = 3, 6, (9, 8, 2), 5
-
-
-def static_table():
-    conv, norm, neuron = networks.conv(4), networks.norm, networks.neuron
-    return {
-        "static_conv": [conv, norm],
-        "conv": [neuron, networks.pool, conv, norm, neuron, networks.pool],
-        "fc": [networks.flatten, networks.dropout, networks.linear(20), neuron, networks.linear(10 * CLASSES), neuron],
-    }
-
-
-def trained(static=True, seed=0, **settings):
-    """A small network in evaluation mode, as after training: busy neurons, unlike taus, batch norm that does a lot."""
-    table = static_table() if static else networks.event_table(4, 2, CLASSES)
-    net = networks.SpikingNet(table, SHAPE, CLASSES, T=T, rngs=nnx.Rngs(seed), **settings)
-    net.eval()
-    random = np.random.default_rng(seed)
-    for layer in net.named_layers().values():
-        if isinstance(layer, BatchNorm):
-            C = layer.scale.shape
-            layer.scale[...], layer.bias[...] = random.uniform(1, 3, C), random.uniform(0, 1, C)
-            layer.mean[...], layer.var[...] = random.normal(size=C), random.uniform(0.5, 2, C)
-        elif isinstance(layer, nnx.Linear):
-            layer.kernel[...] *= 6
-        elif isinstance(layer, neurons.PLIF):
-            layer.w[...] = random.normal()
-    return net
-
-
-def some_input(static=True, seed=1):
-    shape = (B, *SHAPE) if static else (T, B, *SHAPE)
-    return jnp.asarray(np.random.default_rng(seed).poisson(0.7, shape), float)
-
-
-def spikes_of(net, x):
-    """The spikes [T, B, ...] of every neuron layer, in order, and the votes."""
-    graphdef, state = nnx.split(net)
-
-    @jax.jit
-    def run(state, x):
-        spikes = []
-
-        def keep(name, layer, entering, leaving):
-            if isinstance(layer, neurons.Neuron):
-                spikes.append(leaving)
-
-        _, votes = nnx.merge(graphdef, state).unroll(None, x, observe=keep)
-        return spikes, votes
-
-    return jax.tree.map(np.asarray, run(state, x))
-
-
-def interpret(graph, x_TBCHW):
-    """What NIR's text says: every node once per timestep, neurons by one Euler step of their equation, in float64.
-
-    Returns the outputs of all nodes, {name: [T, B, ...]}.
-    """
-    dt, after = graph.metadata["dt"], dict(graph.edges)
-    state, outputs = {}, {}
-    for x in np.asarray(x_TBCHW, np.float64):
-        name = "input"
-        while (name := after[name]) != "output":
-            node = graph.nodes[name]
-            if isinstance(node, nir.Conv2d):
-                x = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in node.padding)])
-                windows = np.lib.stride_tricks.sliding_window_view(x, node.weight.shape[2:], (2, 3))
-                x = np.einsum("bchwij,ocij->bohw", windows, node.weight.astype(float)) + node.bias[:, None, None]
-            elif isinstance(node, nir.AvgPool2d):
-                H, W = (size // 2 * 2 for size in x.shape[2:])
-                x = x[:, :, :H, :W].reshape(*x.shape[:2], H // 2, 2, W // 2, 2).mean((3, 5))
-            elif isinstance(node, nir.Flatten):
-                x = x.reshape(len(x), -1)
-            elif isinstance(node, nir.Linear | nir.Affine):
-                x = x @ node.weight.T.astype(float) + getattr(node, "bias", 0)
-            elif isinstance(node, nir.LIF):
-                v = state.get(name, node.v_reset)
-                v = v + dt / node.tau * (node.v_leak - v + node.r * x)
-                x = (v > node.v_threshold).astype(float)
-                state[name] = np.where(x > 0, node.v_reset, v)
-            elif isinstance(node, nir.IF):
-                v = state.get(name, node.v_reset) + dt * node.r * x
-                x = (v > node.v_threshold).astype(float)
-                state[name] = np.where(x > 0, node.v_reset, v)
-            outputs.setdefault(name, []).append(x)
-    return {name: np.stack(values) for name, values in outputs.items()}
-
-
-def as_frames(x):
-    """Input [T, B, C, H, W] for other simulators; a still image is shown at every step."""
-    x = np.asarray(x, np.float32)
-    return np.moveaxis(x if x.ndim == 5 else np.broadcast_to(x, (T, *x.shape)), -1, 2)
-
-
-def assert_same_spikes(ours, theirs):
-    """Ours channels-last, theirs channels-first, layer by layer; and neither silent nor always on."""
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert 0.02 < a.mean() < 0.98
-        np.testing.assert_array_equal(a, np.moveaxis(b, 2, -1) if a.ndim == 5 else b)
-
 
 CASES = {
     "static, PLIF, max pool": (True, {}),
@@ -202,48 +110,6 @@ def test_max_pooling_is_exact_for_every_window_and_remembers_nothing():
     np.testing.assert_array_equal(interpret(graph, x)["any"].ravel(), x.reshape(-1, 4).max(1))
 
 
-def chain(*named, metadata=None):
-    names = [name for name, _ in named]
-    return nir.NIRGraph(dict(named), list(pairwise(names)), metadata=metadata or {})
-
-
-def lif(N, tau=3e-4, r=1.0, v_leak=0.0, v_threshold=1.0, v_reset=0.0):
-    return nir.LIF(*(np.broadcast_to(a, N).astype(float) for a in (tau, r, v_leak, v_threshold, v_reset)))
-
-
-def mlp(neuron, weight=None):
-    random = np.random.default_rng(0)
-    weight = random.normal(size=(4, 7)) if weight is None else weight
-    return chain(
-        ("input", nir.Input(np.array([7]))),
-        ("first", nir.Affine(weight, random.normal(size=4))),
-        ("spiking", neuron),
-        ("output", nir.Output(np.array([4]))),
-        metadata={"dt": 1e-4},
-    )
-
-
-@pytest.mark.parametrize(
-    "neuron",
-    [
-        lif(4),
-        lif(4, r=3.0, v_threshold=0.7),
-        lif(4, v_leak=-0.2, v_threshold=0.6, v_reset=-0.2),
-        nir.IF(np.full(4, 1e4), np.full(4, 1.5)),
-        nir.IF(np.ones(4), np.full(4, 1e-4)),
-    ],
-    ids=["LIF", "LIF with resistance", "LIF with other rest", "IF", "IF with resistance"],
-)
-def test_a_graph_of_others_over_vectors(neuron):
-    graph = mlp(neuron)
-    x = np.random.default_rng(1).normal(size=(20, B, 7))
-    net = nir_interop.from_nir(graph, T=20)
-    votes = net.unroll(None, jnp.asarray(x[:, :, None, None]))[1]
-    theirs = interpret(graph, x)["spiking"]
-    assert 0.05 < theirs.mean() < 0.95
-    np.testing.assert_array_equal(votes, theirs)
-
-
 @pytest.mark.parametrize("table", [["neuron", "flatten"], ["flatten", "neuron"]])
 def test_maps_that_are_flattened_last_vote_in_the_order_of_the_graph(table):
     """Their neurons' own thresholds too."""
@@ -261,44 +127,6 @@ def test_maps_that_are_flattened_last_vote_in_the_order_of_the_graph(table):
     assert np.ptp(votes) > 0
     graph = nir_interop.to_nir(net)
     np.testing.assert_allclose(interpret(graph, as_frames(x))["vote"], votes, atol=1e-6)
-
-
-def test_a_graph_that_flattens_into_its_outputs_is_refused():
-    """Unless there is no order to lose."""
-    for maps, refused in (((4, 2, 2), True), ((4, 1, 1), False), ((1, 2, 2), False)):
-        graph = chain(
-            ("input", nir.Input(np.array(maps))),
-            ("spiking", lif(maps)),
-            ("flat", nir.Flatten(np.array(maps), 0, -1)),
-            ("output", nir.Output(np.array([np.prod(maps)]))),
-            metadata={"dt": 1e-4, "T": 1},
-        )
-        if refused:
-            with pytest.raises(UserError, match=r"flattens maps \(4, 2, 2\) into its outputs, .*; end in a Linear"):
-                nir_interop.from_nir(graph)
-        else:
-            assert nir_interop.from_nir(graph).classes == 4
-
-
-def test_a_strided_convolution_without_padding():
-    random = np.random.default_rng(0)
-    weight, bias = random.normal(size=(4, 2, 3, 3)).astype(np.float32), np.ones(4, np.float32)
-    graph = chain(
-        ("input", nir.Input(np.array([2, 9, 9]))),
-        ("conv", nir.Conv2d((9, 9), weight, 2, "valid", 1, 1, bias)),
-        ("spiking", lif((4, 4, 4))),
-        ("flat", nir.Flatten(np.array([4, 4, 4]), 0, -1)),
-        ("linear", nir.Linear(random.normal(size=(3, 64)).astype(np.float32))),
-        ("output", nir.Output(np.array([3]))),
-        metadata={"dt": 1e-4, "T": 1},
-    )
-    net = nir_interop.from_nir(graph)
-    again = nir_interop.to_nir(net).nodes["static_conv_0"]
-    assert (again.stride, again.padding) == ((2, 2), "valid")
-    np.testing.assert_array_equal(again.weight, weight)
-    x = random.normal(size=(1, 9, 9, 2)).astype(np.float32)
-    y = net.static_conv[0](x)[0, 1, 2, 3]  # row 1, column 2, channel 3
-    np.testing.assert_allclose(y, (x[0, 2:5, 4:7].transpose(2, 0, 1) * weight[3]).sum() + 1, rtol=1e-5)
 
 
 class OwnNeuron(neurons.LIF):
@@ -366,37 +194,6 @@ def test_what_nir_cannot_express_is_refused():
     unflattened.fc = nnx.List(layer for layer in unflattened.fc if not isinstance(layer, networks.Flatten))
     with pytest.raises(UserError, match="over the channels of maps; NIR's take vectors: flatten first"):
         nir_interop.to_nir(unflattened)
-
-
-def test_what_these_networks_cannot_express_is_refused():
-    for neuron, message in (
-        (lif(4, tau=[1e-3, 2e-3, 3e-3, 4e-3]), "tau differs between the neurons of spiking"),
-        (lif(4, v_leak=0.1), "leaks to 0.1 and resets to 0.0"),
-        (lif(4, tau=1e-4), "tau is 1.0"),
-        (nir.LI(np.ones(4), np.ones(4), np.zeros(4)), "spiking is a LI"),
-    ):
-        with pytest.raises(UserError, match=message):
-            nir_interop.from_nir(mlp(neuron), T=1)
-    graph = mlp(lif(4))
-    with pytest.raises(UserError, match="no T; give T"):
-        nir_interop.from_nir(graph)
-    graph.edges.append(("spiking", "first"))
-    with pytest.raises(UserError, match="not one chain"):
-        nir_interop.from_nir(graph, T=1)
-    scaled = chain(
-        ("input", nir.Input(np.array([4]))),
-        ("spiking", lif(4, r=2.0)),
-        ("output", nir.Output(np.array([4]))),
-        metadata={"dt": 1e-4},
-    )
-    with pytest.raises(UserError, match="scales its input by 2"):
-        nir_interop.from_nir(scaled, T=1)
-    for given in ({"dt": 0.0, "T": 1}, {"dt": 1e-4, "T": 0}):
-        with pytest.raises(UserError, match="give dt in seconds above 0, and T of 1 or more"):
-            nir_interop.from_nir(scaled, **given)
-    nothing = chain(("input", nir.Input(np.array([4]))), ("output", nir.Output(np.array([4]))), metadata={"dt": 1e-4})
-    with pytest.raises(UserError, match="no neurons"):
-        nir_interop.from_nir(nothing, T=1)
 
 
 def run_in_torch(module, graph, x):

@@ -219,11 +219,7 @@ def test_initial_weights_are_within_pytorchs_bounds(cls):
         ([], [networks.flatten, networks.pool], r"pooling takes maps .* shape \(32,\) reach it: put it before flatten"),
         ([], [networks.flatten, networks.conv(3)], "a convolution takes maps"),
         ([], [networks.flatten, networks.flatten], "flatten takes maps"),
-        (
-            [networks.neuron],
-            [],
-            r"the vote takes vectors, but maps of shape \(4, 4, 2\) reach it: put flatten before it",
-        ),
+        ([networks.neuron], [], r"the vote takes vectors, but maps of shape \(4, 4, 2\) .* put flatten before it"),
     ],
 )
 def test_a_table_whose_layers_do_not_follow_one_another_is_refused(conv, fc, said):
@@ -378,14 +374,8 @@ def of_table(table, classes=3):
         (lambda: small(number_layer=6), "1x1 feature map cannot be halved.*number_layer"),
         (lambda: small(number_layer=5, channels=3), "3 values reach the first linear layer, 4 at least"),
         (lambda: small(init_tau=1.0), "init_tau is 1.0"),
-        (
-            lambda: TinyNet()(jnp.zeros((2, 7, 6, 1))),
-            r"\(2, 7, 6, 1\); .*images \[B, 6, 6, 1\] or frames",
-        ),
-        (
-            lambda: small()(jnp.zeros((2, 34, 34, 2))),
-            r"\(2, 34, 34, 2\); .* takes frames \[T, B, 34, 34, 2\]",
-        ),
+        (lambda: TinyNet()(jnp.zeros((2, 7, 6, 1))), r"\(2, 7, 6, 1\); .*images \[B, 6, 6, 1\] or frames"),
+        (lambda: small()(jnp.zeros((2, 34, 34, 2))), r"\(2, 34, 34, 2\); .* takes frames \[T, B, 34, 34, 2\]"),
         (lambda: small().unroll((), jnp.zeros((4, 2, 34, 34, 2))), "a state of 0 membranes; this network has 4"),
         (lambda: small()(jnp.zeros((4, 2, 34, 34, 2))), r"needs a key: .* net.eval\(\) to evaluate"),
         (lambda: firing(small())(jnp.zeros((0, 2, 34, 34, 2))), "no timestep"),

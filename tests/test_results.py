@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,9 @@ from types import SimpleNamespace
 import pytest
 from programs import wait_for
 
+import results
 from plif_jax.errors import UserError
 from plif_jax.training import signals
-
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
-import results
 
 ROOT = Path(__file__).parents[1]
 

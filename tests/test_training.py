@@ -6,68 +6,21 @@ import json
 import os
 import shutil
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tensorboardX.proto import event_pb2
+from runs import arrays, assert_same_run, tensorboard
 
-from plif_jax import data, networks
-from plif_jax.catalog import DATASETS
+from plif_jax import data
 from plif_jax.data import batches
 from plif_jax.errors import UserError
-from plif_jax.training import checkpoint, evaluation, loop, report, signals, state, step
+from plif_jax.training import checkpoint, loop, report, signals, state, step
 from plif_jax.training.logs import read_metrics
 
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
-import compare
-import convert
-import evaluate
-import export
-import figures
-
-pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
-
-
-@pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory):
-    """An uninterrupted run: (config, result)."""
-    config = settings(log_dir_prefix=str(tmp_path_factory.mktemp("whole")))
-    return config, loop.train(config, say=lambda line: None)
-
-
-def arrays(config, kind="latest"):
-    _, net = checkpoint.load_network(config.run_dir, kind)
-    from plif_jax.interop import torch
-
-    return torch.state_dict(net)
-
-
-def assert_same_run(config, reference):
-    """Bitwise the same network and the same curves."""
-    for (name, mine), theirs in zip(arrays(config).items(), arrays(reference).values(), strict=True):
-        np.testing.assert_array_equal(mine, theirs, err_msg=name)
-    assert read_metrics(config.run_dir) == read_metrics(reference.run_dir)
-    assert tensorboard(config.run_dir) == tensorboard(reference.run_dir)
-
-
-def tensorboard(run):
-    """The scalars of a run's one event file, {tag: [(step, value), ...]}; lengths frame each protobuf event."""
-    (path,) = run.glob("events.out.tfevents.*")
-    raw, at, scalars = path.read_bytes(), 0, {}
-    while at < len(raw):
-        size = int.from_bytes(raw[at : at + 8], "little")
-        event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
-        at += 16 + size
-        for value in event.summary.value:
-            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return scalars
+pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run, `whole`
 
 
 def test_a_run_writes_what_it_found(whole):
@@ -95,48 +48,6 @@ def test_a_run_writes_what_it_found(whole):
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     monkeypatch.setattr(report, "PACKAGES", ("jax", "no-such-package"))
     assert report._versions() == {"jax": jax.__version__}
-
-
-def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
-    config, result = whole
-    figures = evaluation.evaluate(*checkpoint.load_network(config.run_dir), progress=False)
-    assert figures["accuracy"] == result["best"]["test_accuracy"]
-    assert figures["confusion"].sum() == figures["samples"] == 20
-    assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
-
-
-def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch):
-    config, _ = whole
-    sizes, run = [], evaluation.evaluation_counts
-    monkeypatch.setattr(
-        evaluation, "evaluation_counts", lambda config, *a: sizes.append(config.batch_size) or run(config, *a)
-    )
-    net = checkpoint.load_network(config.run_dir)[1]
-    evaluation.evaluate(dataclasses.replace(config, batch_size=1024), net, progress=False)
-    assert sizes == [16]
-
-
-def test_evaluate_prints_a_row_for_each_class(whole, capsys):
-    config, result = whole
-    evaluate.main([str(config.run_dir)])
-    said = capsys.readouterr().out
-    assert f"accuracy  {result['best']['test_accuracy']:.2%}" in said
-    assert "class  accuracy  predicted as     0     1     2" in said
-    rows = [line.split() for line in said.splitlines() if line[:2].strip().isdigit()]
-    assert [row[0] for row in rows] == list("0123456789")
-    assert sum(int(count) for row in rows for count in row[2:]) == 20
-
-
-def test_every_class_has_a_name():
-    names = {name: facts.class_names for name, facts in DATASETS.items()}
-    assert {name: len(set(those)) for name, those in names.items()} == {n: f.classes for n, f in DATASETS.items()}
-    assert names["DVS128Gesture"][9] == "air guitar" and names["MNIST"][9] == "9" and names["ASLDVS"][9] == "k"
-
-
-def test_firing_rates_keep_the_order_of_the_layers(settings):
-    net = networks.NMNISTNet(T=3, channels=2, number_layer=3, rngs=nnx.Rngs(0))
-    figures = evaluation.evaluate(settings(number_layer=3), net, progress=False)
-    assert list(figures["firing_rates"]) == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
 
 
 def copied(config, folder):
@@ -289,42 +200,6 @@ def test_a_signal_in_an_evaluation_is_answered_there_and_the_run_continues(setti
     assert "SIGTERM at step 5; saved" in said[-1]
     loop.train(config, say=lambda line: None)
     assert_same_run(config, whole[0])
-
-
-def test_a_run_leaves_as_weights_and_as_a_function(whole, tmp_path):
-    pytest.importorskip("flatbuffers")
-    config, _ = whole
-    convert.main([str(config.run_dir), str(tmp_path / "weights.npz")])
-    weights = np.load(tmp_path / "weights.npz")
-    for name, array in arrays(config, "best").items():
-        np.testing.assert_array_equal(weights[name], array)
-    export.main([str(config.run_dir), str(tmp_path / "net.jax")])
-    x = np.random.default_rng(0).poisson(1, (3, 2, 34, 34, 2)).astype(np.float32)
-    rates = jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x)
-    np.testing.assert_allclose(rates, checkpoint.load_network(config.run_dir)[1](x), atol=1e-6)
-
-
-def test_figures_are_drawn_of_a_run(whole, capsys):
-    config, _ = whole
-    figures.main([str(config.run_dir), "-sample", "19"])
-    said = capsys.readouterr().out
-    written = {path.name for path in (config.run_dir / "figures").iterdir()}
-    assert written == {
-        *("training.png", "neuron.png", "surrogate.png", "input.png", "input.gif", "firing_rates.png", "raster.png"),
-        *("spike_maps.png", "confusion.png", "operations.txt"),
-    }
-    assert "sample 19 of 20: class 9, taken for" in said and "accumulates" in said
-    with pytest.raises(UserError, match="-sample 20: the run tests on 20 samples; give 0 to 19"):
-        figures.main([str(config.run_dir), "-sample", "20"])
-
-
-def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole[0].run_dir, run)
-    (run / "config.json").write_text("{")
-    for main, more in ((evaluate.main, []), (compare.main, ["-reference", str(tmp_path)])):
-        with pytest.raises(UserError, match=rf"{run}/config\.json: not a run's settings: Expecting"):
-            main([str(run), *more])
 
 
 def test_the_rate_of_training_leaves_out_the_call_that_compiles(settings, tmp_path, monkeypatch):

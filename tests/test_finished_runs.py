@@ -1,0 +1,100 @@
+"""What is done with a run: evaluated, drawn, converted, exported."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from runs import arrays
+
+import compare
+import convert
+import evaluate
+import export
+import figures
+from plif_jax import networks
+from plif_jax.catalog import DATASETS
+from plif_jax.errors import UserError
+from plif_jax.training import checkpoint, evaluation
+
+pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run, `whole`
+
+
+def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
+    config, result = whole
+    figures = evaluation.evaluate(*checkpoint.load_network(config.run_dir), progress=False)
+    assert figures["accuracy"] == result["best"]["test_accuracy"]
+    assert figures["confusion"].sum() == figures["samples"] == 20
+    assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
+
+
+def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch):
+    config, _ = whole
+    sizes, run = [], evaluation.evaluation_counts
+    monkeypatch.setattr(
+        evaluation, "evaluation_counts", lambda config, *a: sizes.append(config.batch_size) or run(config, *a)
+    )
+    net = checkpoint.load_network(config.run_dir)[1]
+    evaluation.evaluate(dataclasses.replace(config, batch_size=1024), net, progress=False)
+    assert sizes == [16]
+
+
+def test_evaluate_prints_a_row_for_each_class(whole, capsys):
+    config, result = whole
+    evaluate.main([str(config.run_dir)])
+    said = capsys.readouterr().out
+    assert f"accuracy  {result['best']['test_accuracy']:.2%}" in said
+    assert "class  accuracy  predicted as     0     1     2" in said
+    rows = [line.split() for line in said.splitlines() if line[:2].strip().isdigit()]
+    assert [row[0] for row in rows] == list("0123456789")
+    assert sum(int(count) for row in rows for count in row[2:]) == 20
+
+
+def test_every_class_has_a_name():
+    names = {name: facts.class_names for name, facts in DATASETS.items()}
+    assert {name: len(set(those)) for name, those in names.items()} == {n: f.classes for n, f in DATASETS.items()}
+    assert names["DVS128Gesture"][9] == "air guitar" and names["MNIST"][9] == "9" and names["ASLDVS"][9] == "k"
+
+
+def test_firing_rates_keep_the_order_of_the_layers(settings):
+    net = networks.NMNISTNet(T=3, channels=2, number_layer=3, rngs=nnx.Rngs(0))
+    figures = evaluation.evaluate(settings(number_layer=3), net, progress=False)
+    assert list(figures["firing_rates"]) == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
+
+
+def test_a_run_leaves_as_weights_and_as_a_function(whole, tmp_path):
+    pytest.importorskip("flatbuffers")
+    config, _ = whole
+    convert.main([str(config.run_dir), str(tmp_path / "weights.npz")])
+    weights = np.load(tmp_path / "weights.npz")
+    for name, array in arrays(config, "best").items():
+        np.testing.assert_array_equal(weights[name], array)
+    export.main([str(config.run_dir), str(tmp_path / "net.jax")])
+    x = np.random.default_rng(0).poisson(1, (3, 2, 34, 34, 2)).astype(np.float32)
+    rates = jax.export.deserialize((tmp_path / "net.jax").read_bytes()).call(x)
+    np.testing.assert_allclose(rates, checkpoint.load_network(config.run_dir)[1](x), atol=1e-6)
+
+
+def test_figures_are_drawn_of_a_run(whole, capsys):
+    config, _ = whole
+    figures.main([str(config.run_dir), "-sample", "19"])
+    said = capsys.readouterr().out
+    written = {path.name for path in (config.run_dir / "figures").iterdir()}
+    assert written == {
+        *("training.png", "neuron.png", "surrogate.png", "input.png", "input.gif", "firing_rates.png", "raster.png"),
+        *("spike_maps.png", "confusion.png", "operations.txt"),
+    }
+    assert "sample 19 of 20: class 9, taken for" in said and "accumulates" in said
+    with pytest.raises(UserError, match="-sample 20: the run tests on 20 samples; give 0 to 19"):
+        figures.main([str(config.run_dir), "-sample", "20"])
+
+
+def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0].run_dir, run)
+    (run / "config.json").write_text("{")
+    for main, more in ((evaluate.main, []), (compare.main, ["-reference", str(tmp_path)])):
+        with pytest.raises(UserError, match=rf"{run}/config\.json: not a run's settings: Expecting"):
+            main([str(run), *more])

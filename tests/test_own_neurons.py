@@ -1,0 +1,106 @@
+"""Neurons of a user's own: several states, other variables, other outputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import cases
+
+from plif_jax import neurons
+
+pytestmark = pytest.mark.usefixtures("optimized")
+
+
+def currents(T=4, N=11, seed=0):
+    return jnp.asarray(cases.array(seed, (T, N), 1.2) + 0.7)
+
+
+class Synaptic(neurons.PLIF):
+    """A neuron of a user's own with two states, the synapse's current and the membrane, and a decay for each."""
+
+    def __init__(self):
+        super().__init__(3.0)
+        self.decay = nnx.Param(jnp.asarray(0.7))
+
+    def rest(self, x):
+        return jnp.stack([super().rest(x)] * 2)
+
+    def step(self, states, x):
+        i, v = states
+        i = self.decay[...] * i + x
+        v, s = super().step(v, i)
+        return jnp.stack([i, v]), s
+
+
+def test_several_states_are_stacked_in_one_array(x64):
+    neuron, x = Synaptic(), currents(T=7)
+    ways = (neurons.Neuron.unroll, neurons.Neuron.unroll_by_autodiff)
+    fast, autodiff = (
+        nnx.grad(lambda neuron, x, run=run: (jnp.arange(7) @ run(neuron, None, x)[1] ** 2).sum(), argnums=(0, 1))(
+            neuron, x
+        )
+        for run in ways
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, autodiff)
+    assert fast[0].decay[...] != 0 != fast[0].w[...]
+    states, s = neuron.unroll(None, x)
+    middle, first = neuron.unroll(None, x[:3])
+    after, second = neuron.unroll(middle, x[3:])
+    np.testing.assert_array_equal(after, states)
+    np.testing.assert_array_equal(jnp.concatenate([first, second]), s)
+
+
+def test_several_states_and_a_current_given_once(x64):
+    """As in an image network, whose first neurons see one current at every timestep."""
+    neuron, x = Synaptic(), currents(T=1)
+
+    def loss(neuron, x, T):
+        return (jnp.arange(7) @ neuron.unroll(None, x, T=T)[1] ** 2).sum()
+
+    once = nnx.grad(lambda neuron, x: loss(neuron, x, 7), argnums=(0, 1))(neuron, x)
+    repeated = nnx.grad(lambda neuron, x: loss(neuron, x.repeat(7, 0), None), argnums=(0, 1))(neuron, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), once, repeated)
+    assert (once[1] != 0).any()
+
+
+def test_any_variable_of_a_neuron_of_ones_own_gets_its_gradient():
+    class Rate(nnx.Variable):
+        pass
+
+    class Leaky(neurons.Neuron):
+        def __init__(self):
+            super().__init__()
+            self.rate = Rate(jnp.asarray(0.5))
+
+        def charge(self, v, x):
+            return v + (x - v) * self.rate[...]
+
+    x = currents(4, 3)
+    fast, plain = (
+        nnx.grad(lambda neuron, way=way: getattr(neuron, way)(None, x)[1].sum(), argnums=nnx.DiffState(0, Rate))(
+            Leaky()
+        )
+        for way in ("unroll", "unroll_by_autodiff")
+    )
+    np.testing.assert_allclose(fast.rate[...], plain.rate[...], rtol=1e-6)
+    assert fast.rate[...] != 0
+
+
+class Telling(neurons.IF):
+    """Gives its potential before firing beside its spikes."""
+
+    def step(self, v, x):
+        h = self.charge(v, x)
+        v, s = super().step(v, x)
+        return v, (s, h)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_may_give_more_than_spikes(which):
+    neuron, x = Telling(), currents(3, 5)
+    given, defined = (
+        jax.grad(lambda x, unroll=unroll: jax.tree.leaves(unroll(None, x))[which].sum())(x)
+        for unroll in (neuron.unroll, neuron.unroll_by_autodiff)
+    )
+    np.testing.assert_allclose(given, defined, rtol=1e-6)
