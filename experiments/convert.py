@@ -12,6 +12,7 @@ from pathlib import Path
 
 from plif_jax import cli
 from plif_jax.config import Parser
+from plif_jax.errors import UserError
 from plif_jax.interop import torch, torch_files
 from plif_jax.training.checkpoint import load_network
 
@@ -20,10 +21,12 @@ def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="folder of a run, .pt, .pth or .npz")
     parser.add_argument("target", metavar="OUT", help=".npz, .pt or .pth")
-    parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of a run")
+    parser.add_argument("-checkpoint", choices=("best", "latest"), help="of a run (default best)")
     given = parser.parse_args(argv)
     if Path(given.source).is_dir():
-        arrays = torch.state_dict(load_network(given.source, given.checkpoint)[1])
+        arrays = torch.state_dict(load_network(given.source, given.checkpoint or "best")[1])
+    elif given.checkpoint:
+        raise UserError(f"-checkpoint {given.checkpoint} is of a run; {given.source} is a file, and has one state")
     else:
         arrays = torch_files.read(given.source).arrays
     torch_files.write(given.target, arrays)

@@ -87,6 +87,8 @@ def run(name, more, logs, deadline):
     flags = [*arguments.split(), "-log_dir_prefix", str(Path(logs, name)), *more]
     val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
     settings, committed = (config.parse(given, **val_ratio) for given in (flags, arguments.split()))
+    if settings.log_dir_prefix != str(Path(logs, name)):
+        raise UserError("-log_dir_prefix: each row has a folder of its own; -logs says where these lie")
     fields = dataclasses.asdict(committed)
     may_change = MAY_CHANGE - {"max_epoch"}
     other = [f for f, value in dataclasses.asdict(settings).items() if f not in may_change and value != fields[f]]

@@ -44,9 +44,12 @@ def run(main):
         if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
             print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
             _leave(2)
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            full = "a device's memory is full; a smaller batch, T or width takes less"
-            print(f"{Path(sys.argv[0]).name}: {full} ({str(error).splitlines()[0]})", file=sys.stderr)
+        of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        if of_device or isinstance(error, MemoryError):
+            whose = "a device" if of_device else "this machine"
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            full = f"{whose}'s memory is full; a smaller batch, T or width takes less ({reason})"
+            print(f"{Path(sys.argv[0]).name}: {full}", file=sys.stderr)
             _leave(2)
         traceback.print_exc()
         _leave(1)

@@ -56,7 +56,7 @@ class Config:
     )
     batch_size: int = _field("samples per training step, over all devices", 16, least=1)
     learning_rate: float = _field("Adam's, in the first epoch", 1e-3, above=0)
-    T_max: int = _field("epochs from the learning rate's peak to zero", 64, least=1)
+    T_max: int = _field("epochs from the learning rate's peak to zero", 64, least=1, below=2**31)
     max_epoch: int = _field("epochs to train", 1024, least=1)
     device: str | None = _field("cpu, tpu, cuda, cuda:0 or cuda:0,1; all devices if absent", None)
     log_dir_prefix: str = _field("folder for run folders and checkpoints", "logs")
@@ -297,8 +297,10 @@ def expanded(folder: str | Path) -> Path:
     """A folder with its `~` written out.
 
     Raises:
-      UserError: nobody's home is known by that name.
+      UserError: nobody's home is known by that name, or it is an address.
     """
+    if re.match(r"[a-z][a-z0-9]*:/", str(folder)):  # of gs:// pathlib leaves gs:/
+        raise UserError(f"{folder}: an address; give a folder, such as one where that place is mounted.")
     try:
         return Path(folder).expanduser()
     except RuntimeError:

@@ -54,7 +54,14 @@ class BatchNorm(nnx.Module):
         self.use_running_average = False
 
     def __call__(self, x_TBC):
-        """Normalises x [T, B, ..., C]; in training mode also moves the running statistics T times."""
+        """Normalises x [T, B, ..., C]; in training mode also moves the running statistics T times.
+
+        Raises:
+          UserError: x has another number of channels.
+        """
+        x_TBC, C = _floating(x_TBC), self.scale[...].size
+        if x_TBC.shape[-1] != C:
+            raise UserError(f"x of shape {x_TBC.shape} has {x_TBC.shape[-1]} channels, its last axis; this takes {C}")
         along_C = (1,) * (x_TBC.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(along_C), self.bias[...].reshape(along_C)
         if self.use_running_average:
@@ -78,15 +85,21 @@ class BatchNorm(nnx.Module):
         """T exponential moving averages in one sum: (1 - m)^T r + sum over t of m (1 - m)^(T-1-t) new[t]."""
         new_TC = new.reshape(len(new), -1)
         T = len(new)
-        keep = 1 - self.momentum
-        weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=running[...].dtype)
+        keep, dtype = 1 - self.momentum, running[...].dtype
+        weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=dtype)
         # In full precision: GPUs and TPUs would round the statistics before they multiply.
-        running[...] = keep**T * running[...] + jnp.matmul(weights_T, new_TC, precision=lax.Precision.HIGHEST)
+        moved = keep**T * running[...] + jnp.matmul(weights_T, new_TC, precision=lax.Precision.HIGHEST)
+        running[...] = moved.astype(dtype)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: whether running statistics normalise, as in evaluation."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _floating(x):
+    """Whole numbers, as frames may be kept, as floating-point ones."""
+    return x.astype(jnp.result_type(x, float))
 
 
 class _InPieces:
@@ -147,7 +160,7 @@ class Conv(_InPieces, nnx.Conv):
 
     def __call__(self, x_TBHWC):
         """x [T, B, H, W, C] to [T, B, H', W', features]."""
-        return self._in_pieces(nnx.Conv, x_TBHWC, 3, 1)
+        return self._in_pieces(nnx.Conv, x_TBHWC, len(self.kernel_size) + 1, 1)
 
 
 class Conv3x3(Conv):
@@ -186,7 +199,7 @@ def _conv3x3(x, kernel, *args, **kwargs):
     return conv3x3(x, kernel)
 
 
-def dropout_key(rngs):
+def dropout_key(rngs, B):
     """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream."""
     if rngs is None:
         raise UserError(
@@ -206,8 +219,8 @@ def dropout_key(rngs):
         raise UserError(
             f"rngs is of type {type(rngs).__name__}{shape}; give jax.random.key(0), a key per sample, or nnx.Rngs(0)"
         ) from None
-    if keys.ndim > 1:
-        raise UserError(f"rngs are keys {list(keys.shape)}; give one key, or one for each sample")
+    if keys.shape not in ((), (B,)):
+        raise UserError(f"rngs are keys {list(keys.shape)} for {B} samples; give one key, or one for each sample")
     return keys
 
 
@@ -248,11 +261,10 @@ class Dropout(nnx.Module):
         """
         if not self.drops:
             return x_TBF
-        keys, B = dropout_key(rngs), x_TBF.shape[1]
+        B = x_TBF.shape[1]
+        keys = dropout_key(rngs, B)
         if self.rate == 1:
             return jnp.zeros_like(x_TBF)
-        if keys.ndim and keys.shape != (B,):
-            raise UserError(f"rngs are keys {list(keys.shape)} for {B} samples; give one key, or one for each sample")
         keys_B = keys if keys.ndim else jax.random.split(keys, B)
         keep_BF = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x_TBF.shape[2:]))(keys_B)
         return jnp.where(keep_BF[None], x_TBF / (1 - self.rate), 0)
@@ -311,7 +323,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 def avg_pool(x):
     """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped."""
-    a, b, c, d = _windows(_even(x))
+    a, b, c, d = _windows(_floating(_even(x)))
     return (a + b + c + d) / 4
 
 

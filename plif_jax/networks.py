@@ -184,7 +184,8 @@ class SpikingNet(nnx.Module):
 
     Raises:
       UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
-        pooled; the table lacks a part or has another, or does not end in a group of neurons for each class.
+        pooled; the table lacks a part or has another, has a neuron in static_conv, or does not end in a group of
+        neurons for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -221,6 +222,8 @@ class SpikingNet(nnx.Module):
             layers = []
             for build in table[part]:
                 layer, shape = build(self, shape, rngs)
+                if part == "static_conv" and isinstance(layer, neurons.Neuron):
+                    raise UserError("a neuron in static_conv, which a still image passes once; put it first in conv")
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
         outputs = vector("the vote", shape)
@@ -262,7 +265,8 @@ class SpikingNet(nnx.Module):
         after, norm = [], None
         layers = list(self.named_layers().items())
         # Before any layer: a call that fails for want of a key should not have moved the running statistics.
-        key = dropout_key(rngs) if any(isinstance(layer, Dropout) and layer.drops for _, layer in layers) else None
+        drops = any(isinstance(layer, Dropout) and layer.drops for _, layer in layers)
+        key = dropout_key(rngs, x.shape[1]) if drops else None
         for index, (name, layer) in enumerate(layers):
             following = layers[index + 1][1] if index + 1 < len(layers) else None
             shown = still and index == len(self.static_conv)

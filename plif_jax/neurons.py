@@ -23,6 +23,8 @@ from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 from plif_jax.sequence import at_rest, kernels, run
 
+_POTENTIALS = int | float | np.number | np.ndarray | jax.Array | nnx.Variable
+
 
 class Neuron(nnx.Module):
     """A layer of spiking neurons; subclasses say how the membrane charges.
@@ -35,7 +37,7 @@ class Neuron(nnx.Module):
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
 
     Raises:
-      UserError: surrogate is no function, or a class in place of one that is made.
+      UserError: surrogate is no function, or a class in place of one that is made; a potential is no number.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class Neuron(nnx.Module):
     ):
         self.v_threshold = v_threshold
         self.v_reset = v_reset
+        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
+            if not isinstance(value, _POTENTIALS) and not (value is None and name == "v_reset"):
+                raise UserError(f"{name} is {value!r}; give a number, an array, or an nnx.Param that is learned")
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):
@@ -226,6 +231,9 @@ class PLIF(Neuron):
 
 
 def _checked_tau(name, tau):
+    if isinstance(tau, nnx.Variable):
+        kind = type(tau).__name__
+        raise UserError(f"{name} is an nnx.{kind}; give a number: PLIF(init_tau=2.0) learns tau and starts from it")
     if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < math.inf:
         raise UserError(f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
     return float(tau)

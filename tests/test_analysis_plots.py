@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from plif_jax import curves, neurons, surrogate
@@ -82,6 +83,17 @@ def test_neuron_response_shows_membranes_and_spikes(ax):
     np.testing.assert_allclose(ax.lines[1].get_ydata(), [0.75, 0.75, 1.125, 0] * 3)
     np.testing.assert_allclose(ax.lines[1].get_xdata(), np.repeat(range(1, 7), 2))
     assert [list(c.get_positions()) for c in ax.collections] == [[2, 4, 6], [1, 2, 3, 4, 5, 6]]
+
+
+def test_neuron_response_shows_each_threshold(ax):
+    own = {
+        "learned": neurons.IF(nnx.Param(jnp.asarray(1.5))),
+        "set": neurons.IF(0.5),
+        "same": neurons.LIF(v_threshold=0.5),
+    }
+    plots.neuron_response(ax, jnp.full(6, 0.4), own)
+    assert [text.get_text() for text in ax.texts] == ["threshold"] * 2
+    assert [line.get_ydata()[0] for line in ax.lines[:2]] == [0.5, 1.5]
 
 
 def test_surrogate_pictures_show_g_and_its_derivative():

@@ -1,11 +1,13 @@
 """Archives of event data sets are unpacked once, whole or not at all, and in their folder."""
 
+import io
 import shutil
 import tarfile
 import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from event_files import numbers, pack, write_cifar10dvs, write_nmnist
 
@@ -147,6 +149,47 @@ def test_a_truncated_archive_is_named_and_leaves_nothing(tmp_path, name):
         archives.unpacked(archive, tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"] == [tmp_path / "cache/unpacked"]
+
+
+def tar_of_three(archive):
+    """A tar archive of files of 600 bytes, compressed as its name says; where each member begins."""
+    with tarfile.open(archive, f"w:{archive.suffix.removeprefix('.').removesuffix('tar')}") as packed:
+        for number in range(3):
+            member = tarfile.TarInfo(f"Train/{number}/1.bin")
+            member.size = 600
+            packed.addfile(member, io.BytesIO(np.random.default_rng(number).bytes(600)))
+        return [member.offset for member in packed.getmembers()]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_bit_turned_in_a_compressed_archive_is_seen(tmp_path, kind):
+    """Also where every member can be read: the checksum comes last, behind the end of the archive in it."""
+    archive = tmp_path / f"DvsGesture.tar.{kind}"
+    tar_of_three(archive)
+    sound = archive.read_bytes()
+    for at in np.linspace(60, len(sound) - 9, 25).astype(int):  # behind gzip's copy of the name
+        archive.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        with pytest.raises(UserError, match=r"DvsGesture.* the archive is truncated or damaged"):
+            archives.unpacked(archive, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("member", [1, 2])
+def test_a_damaged_header_is_not_the_archive_s_end(tmp_path, member):
+    archive = tmp_path / "a.tar"
+    at, sound = tar_of_three(archive)[member], archive.read_bytes()
+    for content in (sound[:at] + b"?" + sound[at + 1 :], sound[:at]):
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.tar: the archive is truncated or damaged"):
+            archives.unpacked(archive, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("names, said", [(["a", "a/b"], "Not a directory"), (["a" * 300], "File name too long")])
+def test_names_that_no_folder_can_have_are_the_archive_s_fault(tmp_path, names, said):
+    with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
+        for name in names:
+            packed.writestr(name, b"")
+    with pytest.raises(UserError, match=rf"Train\.zip: the archive is truncated or damaged \({said}\)"):
+        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

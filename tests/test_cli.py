@@ -47,6 +47,13 @@ def ended(monkeypatch, capfd):
             "train.py: a device's memory is full; a smaller batch, T or width takes less "
             "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)\n",
         ),
+        (
+            MemoryError("Unable to allocate 2.10 TiB"),
+            2,
+            "train.py: this machine's memory is full; a smaller batch, T or width takes less "
+            "(Unable to allocate 2.10 TiB)\n",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "c.py"), 2, "train.py: c.py: File name too long\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "train.py: a file: No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),
         (Interrupted(15), 143, ""),

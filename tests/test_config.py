@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from plif_jax.catalog import DATASETS
-from plif_jax.config import Config, UserError, load, parse
+from plif_jax.config import Config, UserError, expanded, load, parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +56,12 @@ def test_paths_and_numpys_numbers_are_taken_as_what_they_say():
     assert Config.from_json(config.to_json()) == config
     with pytest.raises(UserError, match="seed is a whole number"):
         Config(dataset_name="MNIST", seed=np.datetime64(5, "ns"))
+
+
+def test_a_folder_is_no_address():
+    for given in ("gs://bucket/logs", Path("s3://bucket")):
+        with pytest.raises(UserError, match="an address; give a folder"):
+            expanded(given)
 
 
 @pytest.mark.parametrize("spelling", (["-T", "5"], ["--T", "5"], ["-T=5"], ["--T=5"]))
@@ -152,6 +158,7 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST -init_tau None", "-init_tau None: init_tau is a number"),
         ("-dataset_name NMNIST -T", "expected one argument"),
         ("", "-dataset_name is not given; it is one of MNIST"),
+        ("-dataset_name NMNIST -T_max 10000000000", "T_max must be below 2147483648"),
         ("-config nowhere.py", "nowhere.py: no such file"),
         ("-config /", "-config /: a folder; give one of the files in it"),
         ("-dataset_name MNIST extra", "unknown argument extra"),

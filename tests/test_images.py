@@ -186,6 +186,16 @@ def test_a_truncated_archive_is_named(tmp_path, monkeypatch, keep):
         images.load("CIFAR10", tmp_path)
 
 
+def test_a_bit_turned_in_a_compressed_archive_is_seen(tmp_path, monkeypatch):
+    file = tmp_path / "cifar-10-binary.tar.gz"
+    write_cifar(tmp_path, file.name, monkeypatch)
+    sound = file.read_bytes()
+    for at in np.linspace(60, len(sound) - 9, 25).astype(int):  # behind gzip's copy of the name
+        file.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        with pytest.raises(UserError, match=f"^{file}"):
+            images.load("CIFAR10", tmp_path)
+
+
 def test_an_archive_of_something_else_is_named(tmp_path):
     file = tmp_path / "cifar-10-python.tar.gz"
     file.write_bytes(gzip.compress(b"<html>not found</html>" * 100))

@@ -1,5 +1,7 @@
 """Networks as NIR graphs: against a plain interpreter of NIR's equations, against other simulators, and back again."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,17 @@ def test_a_learned_time_constant_comes_back_to_the_last_bit():
         back = nir_interop.from_nir(nir_interop.to_nir(net)).named_neurons()
         for name, neuron in fold(net).named_neurons().items():
             assert neuron.charge(rest, unit) == back[name].charge(rest, unit)  # k, as the membrane sees it
+
+
+def test_a_batch_norm_that_begins_a_part_is_folded_into_the_part_before():
+    table = static_table()
+    table["conv"] = [table["static_conv"].pop(), *table["conv"]]
+    net = networks.SpikingNet(table, SHAPE, CLASSES, T=T, rngs=nnx.Rngs(0))
+    net.conv[0].mean[...] += 0.3
+    net.eval()
+    x = some_input()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), spikes_of(fold(net), x), spikes_of(net, x))
+    assert spikes_of(net, x)[0][0].any()
 
 
 def test_exporting_leaves_the_network_as_it_is():

@@ -60,6 +60,31 @@ def test_what_a_neuron_of_ones_own_learns_travels_too():
     np.testing.assert_array_equal(other.fc[1].theta[...], np.linspace(0.5, 1.5, 4, dtype=np.float32) + 1)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_each_neuron_of_maps_has_goes_channel_first(flat):
+    """Of maps and of these flattened, where batch norm has values for each of them too."""
+    theta = np.arange(24.0).reshape(2, 3, 4)
+
+    def neuron(net, shape, rngs):
+        layer = neurons.IF(nnx.Param(jnp.asarray(theta.reshape(shape))))
+        return layer, shape
+
+    fc = [networks.flatten, networks.norm, neuron] if flat else [neuron, networks.flatten, networks.norm]
+    net, other = (
+        networks.SpikingNet({"static_conv": [], "conv": [], "fc": fc}, (2, 3, 4), 4, T=2, rngs=nnx.Rngs(0))
+        for _ in range(2)
+    )
+    net.fc[1 if flat else 2].scale[...] = jnp.asarray(theta.ravel())
+    arrays, norm = torch_interop.state_dict(net), "fc.1" if flat else "fc.2"
+    first = theta.transpose(2, 0, 1)
+    np.testing.assert_array_equal(arrays[f"{norm}.weight"], first.ravel())
+    np.testing.assert_array_equal(
+        arrays["fc.2.v_threshold" if flat else "fc.0.v_threshold"], first.ravel() if flat else first
+    )
+    torch_interop.load_state_dict(other, arrays)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(other), nnx.state(net))
+
+
 @pytest.mark.parametrize("settings", [{"alpha_learnable": True}, {"use_plif": False, "number_layer": 3}])
 def test_weights_come_back_as_they_were_loaded(settings):
     net = small(**settings)
@@ -173,6 +198,11 @@ def test_neurons_that_ours_are_not_are_refused(monkeypatch, tmp_path, neuron, me
 def test_weights_of_no_known_network_are_refused():
     with pytest.raises(UserError, match="dataset_name is 'NMIST'; weights with these names are of NMNIST, CIFAR10DVS"):
         rebuild(torch_files.Checkpoint(arrays_of(small())), use_max_pool=True, dataset_name="NMIST")
+    theirs = arrays_of(spikingjelly.NMNISTNet(neurons.PLIF, channels=3, rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match="dataset_name is 'CIFAR10'; weights of these shapes are of NMNIST, Digits"):
+        rebuild(torch_files.Checkpoint(theirs), dataset_name="CIFAR10")
+    with pytest.raises(UserError, match=r'surrogate Atan, in the file or given, .* such as \("ATan", 2.0\)'):
+        rebuild(torch_files.Checkpoint(theirs), surrogate=("Atan", 2.0))
     for names in ({"conv.0.weight": np.zeros((3, 3))}, {"conv_fc.0.weight": np.zeros((3, 2, 3, 3))}):
         with pytest.raises(UserError, match="are of none of"):
             rebuild(torch_files.Checkpoint(names))

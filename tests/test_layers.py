@@ -142,6 +142,30 @@ def test_running_statistics_are_moved_in_full_precision():
     assert products == [(jax.lax.Precision.HIGHEST,) * 2] * 2
 
 
+def test_batch_norm_takes_whole_numbers_as_what_they_are():
+    x = np.random.default_rng(0).poisson(2, (4, 3, 5, 2)).astype(np.uint8)
+    y, expected = batch_norm(2)(x), batch_norm(2)(x.astype(np.float32))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("C", [1, 3])
+def test_batch_norm_of_other_channels_is_refused(C, evaluates):
+    norm = batch_norm(4 - C)
+    norm.use_running_average = evaluates
+    with pytest.raises(UserError, match=rf"\(2, 3, {C}\) has {C} channels, its last axis; this takes {4 - C}"):
+        norm(jnp.zeros((2, 3, C)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_running_statistics_keep_their_type():
+    graphdef, state = nnx.split(batch_norm(3))
+    norm = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+    norm(jnp.asarray(randn(0, 4, 2, 3), jnp.float32))
+    assert norm.mean[...].dtype == norm.var[...].dtype == jnp.bfloat16
+
+
 # Linear and Conv
 
 
@@ -164,6 +188,15 @@ def test_to_evaluate_one_gives_the_bits_that_it_gives_among_others(layer, shape)
     run = jax.jit(layer)
     one_by_one = [[run(x[t : t + 1, b : b + 1])[0, 0] for b in range(2)] for t in range(4)]
     np.testing.assert_array_equal(run(x), np.array(one_by_one))
+
+
+@pytest.mark.parametrize("size", [(5,), (4, 5, 5)])
+def test_a_convolution_of_other_axes_gives_the_same_in_both_modes(size):
+    conv = layers.Conv(2, 3, (3,) * len(size), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 2, *size, 2))
+    trained = conv(x)
+    conv.eval()
+    np.testing.assert_allclose(conv(x), trained, atol=1e-5)
 
 
 def test_on_a_gpu_evaluation_is_one_product():
@@ -224,7 +257,7 @@ def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
     np.testing.assert_array_equal(layers.Dropout(0.5)(x, stream), typed)
     with pytest.raises(UserError, match=r"needs a key.*rngs=jax\.random\.key\(0\)"):
         layers.Dropout(0.5)(x)
-    with pytest.raises(UserError, match=r"rngs are keys \[3, 2\]; give one key, or one for each sample"):
+    with pytest.raises(UserError, match=r"rngs are keys \[3, 2\] for 3 samples; give one key, or one for each"):
         layers.Dropout(0.5)(x, jax.random.split(jax.random.key(0), (3, 2)))
     for count in (1, 2, 4):
         with pytest.raises(UserError, match=rf"keys \[{count}\] for 3 samples; give one key, or one for each"):
@@ -235,6 +268,11 @@ def test_dropout_takes_rngs_and_asks_for_a_key_where_none_is_given():
 
 
 # Pooling and votes
+
+
+def test_average_pooling_takes_whole_numbers_as_what_they_are():
+    assert layers.avg_pool(jnp.full((1, 2, 2, 1), 200, jnp.uint8)).item() == 200
+    assert layers.avg_pool(jnp.ones((1, 2, 2, 1), bool)).item() == 1
 
 
 def pool_by_loops(x_NHWC, g_NHWC):

@@ -102,10 +102,10 @@ def test_reference_case(name, x64, rolled):
 # Time
 
 
-@pytest.mark.parametrize("rngs", [None, 0])
+@pytest.mark.parametrize("rngs", [None, 0, np.zeros((3, 2), np.uint32)])
 def test_a_call_without_a_key_moves_no_statistics(rngs):
     net = small()
-    with pytest.raises(UserError, match=r"needs a key|rngs is of type int; give jax.random.key"):
+    with pytest.raises(UserError, match=r"needs a key|of type int; give jax.random.key|keys \[3\] for 2 samples"):
         net(frames(net), rngs=rngs)
     assert not net.conv[1].mean[...].any()
 
@@ -381,6 +381,10 @@ def of_table(table, classes=3):
         (lambda: firing(small())(jnp.zeros((0, 2, 34, 34, 2))), "no timestep"),
         (lambda: small(rngs=0), r"rngs is of type int; .* nnx.Rngs\(2020\)"),
         (lambda: small(rngs=jax.random.key(0)), "rngs is of type .*Key.*; initial weights are drawn from nnx.Rngs"),
+        (
+            lambda: of_table({"static_conv": [networks.neuron], "conv": [], "fc": []}),
+            "a neuron in static_conv, .* in conv",
+        ),
         (lambda: of_table({"conv": [], "fc": []}), "a table of conv, fc; its parts are static_conv, conv, fc"),
         (lambda: of_table({"static_conv": [], "conv": [], "fc": [], "head": []}), "a table of .*, head; its parts"),
         (lambda: of_table(networks.event_table(2, 1, 2)), "20 outputs for 3 classes; the last layer has a group"),

@@ -312,6 +312,21 @@ def test_a_surrogate_is_made_before_it_is_given(given, said):
         neurons.PLIF(surrogate=given)
 
 
+@pytest.mark.parametrize("value", [[1.0, 2.0], "1", None])
+def test_a_threshold_is_a_number(value):
+    with pytest.raises(UserError, match="v_threshold is .*; give a number, an array, or an nnx.Param") as error:
+        neurons.LIF(v_threshold=value)
+    assert "\n" not in str(error.value)
+    if value is not None:
+        with pytest.raises(UserError, match="v_reset is"):
+            neurons.LIF(v_reset=value)
+
+
+def test_a_tau_that_is_learned_is_plifs():
+    with pytest.raises(UserError, match=r"tau is an nnx.Param; give a number: PLIF\(init_tau=2.0\) learns tau"):
+        neurons.LIF(nnx.Param(2.0))
+
+
 def test_a_current_has_an_axis_of_time():
     with pytest.raises(UserError, match=r"currents are one number; give \[T, \.\.\.\]"):
         neurons.PLIF()(1.0)

@@ -91,7 +91,7 @@ def test_what_these_networks_cannot_express_is_refused():
     for neuron, message in (
         (lif(4, tau=[1e-3, 2e-3, 3e-3, 4e-3]), "tau differs between the neurons of spiking"),
         (lif(4, v_leak=0.1), "leaks to 0.1 and resets to 0.0"),
-        (lif(4, tau=1e-4), "tau is 1.0"),
+        (lif(4, tau=1e-4), "spiking has tau 0.0001 s at dt 0.0001 s; tau is above one timestep here"),
         (nir.LI(np.ones(4), np.ones(4), np.zeros(4)), "spiking is a LI"),
     ):
         with pytest.raises(UserError, match=message):

@@ -31,6 +31,8 @@ def test_a_row_is_run_with_its_own_settings_or_not_at_all(tmp_path):
     for flag in ("batch_size", "max_epoch"):
         with pytest.raises(UserError, match=f"-{flag} would make another run than the row digits"):
             results.run("digits", [f"-{flag}", "8"], str(tmp_path), 0)
+    with pytest.raises(UserError, match="-log_dir_prefix: each row has a folder of its own; -logs says where"):
+        results.run("digits", ["-log_dir_prefix", "x"], str(tmp_path), 0)
     with pytest.raises(UserError, match=r"unknown argument -minuts; did you mean -minutes\?"):
         results.main(["-minuts", "8"])
 

@@ -174,7 +174,9 @@ def test_the_accuracy_of_validation_is_of_the_part_held_back(settings, tmp_path)
     """Every sample of it once, as it is stored."""
     learning = {"init_tau": 1.1, "learning_rate": 0.02, "channels": 4, "max_epoch": 3}
     config = settings(log_dir_prefix=str(tmp_path), train_samples=100, val_ratio=0.15, **learning)
-    result = loop.train(config, say=lambda line: None)
+    said = []
+    result = loop.train(config, say=said.append)
+    assert f"(best val {result['best']['val_accuracy']:.2%})" in "".join(said)
     dataset = data.load(config, progress=False)
     part = batches.partition(config, dataset)["val"]
     _, net = checkpoint.load_network(config.run_dir)
@@ -214,6 +216,15 @@ def test_the_rate_of_training_leaves_out_the_call_that_compiles(settings, tmp_pa
     progress = json.loads(next(config.checkpoint_dir.glob("10/record/*")).read_text())["progress"]
     assert progress["steps_timed"] == 8  # each program compiles
     assert result["samples_per_second"] == pytest.approx(8 * 8 / progress["seconds_timed"])
+
+
+def test_each_number_of_steps_per_call_compiles(settings, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path), steps_per_call=2)
+    loop.train(config, say=lambda line: None)
+    progress = [
+        json.loads(next(config.checkpoint_dir.glob(f"{step}/record/*")).read_text())["progress"] for step in (5, 10)
+    ]
+    assert [p["steps_timed"] for p in progress] == [2, 7]  # of 2, 2 and 1 the first 2 and the 1 compile
 
 
 def _pretend(run):
@@ -281,7 +292,7 @@ def test_other_data_are_refused(whole, monkeypatch):
         loop.train(config, say=lambda line: None)
 
 
-def test_a_run_that_was_never_tested_says_so(settings, tmp_path, monkeypatch):
+def test_a_run_that_was_never_tested_says_so(settings, tmp_path, monkeypatch, capsys):
     """Stopped before the first evaluation, and then given a -max_epoch that it has passed."""
 
     def two_epochs(run, epoch):
@@ -295,6 +306,8 @@ def test_a_run_that_was_never_tested_says_so(settings, tmp_path, monkeypatch):
         loop.train(config, say=lambda line: None)
     assert loop.train(dataclasses.replace(config, max_epoch=1), say=said.append)["best"] is None
     assert any("no epoch was tested: 2 are done, -eval_every is 5" in line for line in said)
+    checkpoint.load_network(config.run_dir)
+    assert "no epoch was tested yet, so none is the best" in capsys.readouterr().out
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(settings, tmp_path, monkeypatch):

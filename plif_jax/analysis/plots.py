@@ -28,11 +28,12 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     """
     x = jnp.asarray(currents, float)
     timesteps = np.arange(1, len(x) + 1)
-    threshold = max(neuron.v_threshold for neuron in neurons.values())
-    ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
-    ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
+    thresholds = sorted({float(jnp.asarray(neuron.v_threshold)) for neuron in neurons.values()})
+    for threshold in thresholds:
+        ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
+        ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
     answers = {label: charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
-    top = max(threshold, *(float(h.max()) for h, _, _ in answers.values()))
+    top = max(*thresholds, *(float(h.max()) for h, _, _ in answers.values()))
     for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
         membrane = np.stack([h, v], 1).ravel()
         ax.plot(timesteps.repeat(2), membrane, color=color, label=f"{label}, spikes: {int(s.sum())}", linewidth=1.5)

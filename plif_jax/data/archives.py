@@ -1,6 +1,8 @@
 """Archives of data sets: downloaded, checked, and unpacked where they can do no harm."""
 
 import calendar
+import contextlib
+import errno
 import hashlib
 import lzma
 import os
@@ -18,6 +20,7 @@ DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
     *(EOFError, OSError, RuntimeError, ValueError, OverflowError),
 )
+OF_ITS_NAMES = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # or its places
 LEADS_OUT = getattr(tarfile, "FilterError", ())  # the first releases of Python 3.11 have no filter
 
 
@@ -56,7 +59,7 @@ def _unpack(archive, folder, name):
     with storage.reading(name):
         file = archive.open("rb")
     try:
-        with file, storage.writing(folder):
+        with file, storage.writing(folder), _damage_told_apart():
             if zipfile.is_zipfile(file) or archive.suffix.lower() == ".zip":
                 with zipfile.ZipFile(file) as packed:
                     _unpack_zip(packed, folder)
@@ -64,8 +67,10 @@ def _unpack(archive, folder, name):
                 file.seek(0)
                 if not LEADS_OUT:
                     raise UserError("unpacking it safely needs Python 3.11.4 or newer: unpack it yourself, beside it.")
-                with tarfile.open(fileobj=file) as packed:
+                with tarfile.open(fileobj=file, tarinfo=_Header) as packed:
                     packed.extractall(folder, filter="data")  # refuses names that lead out, links, devices
+                    while packed.fileobj.read(1 << 20):
+                        pass  # the checksum of what is compressed comes last
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except LEADS_OUT as error:
@@ -75,6 +80,31 @@ def _unpack(archive, folder, name):
     except DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")  # then what each method says of it
         raise UserError(f"{name}: the archive is truncated or damaged ({reason}): fetch it again.") from None
+
+
+@contextlib.contextmanager
+def _damage_told_apart():
+    """Turn the system's refusals that only a damaged archive asks for into one that says nothing of the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OF_ITS_NAMES:
+            raise ValueError(error.strerror) from None
+        raise
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. By itself `tarfile` takes one that is damaged, but for the first, for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        """The member of a header's bytes; called by `tarfile`."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def _unpack_zip(packed, folder):

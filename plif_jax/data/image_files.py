@@ -168,6 +168,19 @@ def _read_loose(files: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarra
     return batches
 
 
+def _members(archive):
+    """(header, size) of each member of a tar archive that is being read, which stands at the member's bytes then."""
+    with contextlib.suppress(tarfile.EOFHeaderError):  # raised at the archive's end
+        while True:
+            member = tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            size = 0 if member.type in _WITHOUT_DATA else member.size
+            if not 0 <= size <= _LARGEST_MEMBER:
+                raise tarfile.ReadError(f"a member claims {size} bytes")
+            end = archive.tell() + size + -size % tarfile.BLOCKSIZE
+            yield member, size
+            archive.seek(end)
+
+
 def _read_archive(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The batches of a tar archive by name. Nothing is extracted, so no member can write anywhere.
 
@@ -176,20 +189,16 @@ def _read_archive(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     wanted, batches = official_names("CIFAR10"), {}
     try:
-        with _opened(path) as archive, contextlib.suppress(tarfile.EOFHeaderError):  # raised at the archive's end
-            while True:
-                member = tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-                size = 0 if member.type in _WITHOUT_DATA else member.size
-                if not 0 <= size <= _LARGEST_MEMBER:
-                    raise tarfile.ReadError(f"a member claims {size} bytes")
-                end = archive.tell() + size + -size % tarfile.BLOCKSIZE
+        with _opened(path) as archive:
+            for member, size in _members(archive):
                 file = Path(member.name).name
                 if file in wanted and member.type in _REGULAR and size <= _LARGEST_BATCH:
                     data = archive.read(size)
                     if len(data) < size:
                         raise EOFError(f"it ends inside {file}")
                     batches[file.removesuffix(".bin")] = _read_batch(file, data, path / file)
-                archive.seek(end)
+            while archive.read(1 << 20):
+                pass  # the checksum of what is compressed comes last
     except _DAMAGE as error:
         raise UserError(f"{path} is truncated or damaged ({error}): get it again") from error
     if not batches:

@@ -21,13 +21,14 @@ def fold(net):
     """
     folded = nnx.clone(net)
     folded.eval()
+    last = None
     for part in folded.PARTS:
         layers = []
         for layer in getattr(folded, part):
             if isinstance(layer, BatchNorm):
-                _absorb(layers[-1] if layers else None, layer)
+                _absorb(last, layer)
             elif not isinstance(layer, Dropout):
-                layers.append(layer)
+                layers.append(last := layer)
         setattr(folded, part, nnx.List(layers))
     return folded
 

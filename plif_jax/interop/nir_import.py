@@ -150,8 +150,12 @@ def _neuron_from_nir(name, node, dt, layers):
         v_leak = _uniform(name, node, "v_leak")
         if v_leak != v_reset:
             raise UserError(f"{name} leaks to {v_leak} and resets to {v_reset}; here both are the same")
-        gain = r
-        neuron = neurons.LIF(_uniform(name, node, "tau") / dt, v_threshold=v_threshold, v_reset=v_reset)
+        gain, tau = r, _uniform(name, node, "tau")
+        if not tau > dt:
+            raise UserError(
+                f"{name} has tau {tau:g} s at dt {dt:g} s; tau is above one timestep here: give a smaller dt"
+            )
+        neuron = neurons.LIF(tau / dt, v_threshold=v_threshold, v_reset=v_reset)
     if not np.isclose(gain, 1, rtol=1e-6):
         layer = layers[-1][0] if layers else None
         if not isinstance(layer, nnx.Conv | nnx.Linear):

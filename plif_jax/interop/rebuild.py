@@ -11,7 +11,7 @@ from flax import nnx
 
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, nearest
 from plif_jax.interop import spikingjelly
 from plif_jax.interop.inert_pickle import Object
 from plif_jax.interop.torch import load_state_dict
@@ -113,10 +113,12 @@ def _paper(arrays, settings):
     found, widths = _paper_name(arrays)
     learnable = any(key.endswith("surrogate_function.alpha") for key in arrays)
     if (settings.get("v_threshold", 1.0), settings.get("v_reset", 0.0)) != (1.0, 0.0):
-        raise UserError("the file's neurons have another threshold or reset than the paper's networks, 1 and 0")
+        raise UserError("in the file or given is another threshold or reset than the paper's networks have, 1 and 0")
     kind, alpha = settings.get("surrogate", ("ATan", 2.0))
     if kind != "ATan" or (not learnable and alpha not in (2.0, None)):
-        raise UserError(f"the file's surrogate is {kind} with alpha {alpha}; the paper's networks have ATan with 2")
+        raise UserError(
+            f"in the file or given is the surrogate {kind} with alpha {alpha}; the paper's networks have ATan with 2"
+        )
     use_plif = any(key.endswith(".w") for key in arrays)
     name = settings.get("dataset_name", found)
     fitting = [other for other in NETWORKS if DATASETS[other].events == DATASETS[found].events]
@@ -164,6 +166,10 @@ def _spikingjelly(arrays, settings):
         channels, halvings = convolutions[0][0] if convolutions else 0, len(cls.stages)
         inputs = channels * (H >> halvings) * (W >> halvings)
         if len(convolutions) == sum(cls.stages) and linears[:1] == [(cls.hidden, inputs)] and convolutions[0][1] == C:
+            fitting = [n for n, facts in DATASETS.items() if (facts.shape, facts.classes) == (cls.shape, cls.classes)]
+            name = settings.get("dataset_name", fitting[0])
+            if name not in fitting:
+                raise UserError(f"dataset_name is {name!r}; weights of these shapes are of {', '.join(fitting)}")
             if not settings.get("use_max_pool", True):
                 raise UserError("the file's network pools by average; SpikingJelly's networks here pool by maximum")
             T = settings.get("T", 8)
@@ -177,7 +183,11 @@ def _spiking_neuron(arrays, settings):
     kind, alpha = settings.get("surrogate", ("Sigmoid", 4.0))
     fire = getattr(surrogate, kind, None)
     if alpha is None or not (isinstance(fire, type) and issubclass(fire, surrogate.Surrogate)):
-        raise UserError(f'the surrogate {kind} of the file has no counterpart: give surrogate, such as ("ATan", 2.0)')
+        near = nearest(str(kind), (name for name, member in vars(surrogate).items() if isinstance(member, type)))
+        raise UserError(
+            f"the surrogate {kind}, in the file or given, has no counterpart: give surrogate, such as "
+            f'("{near or "ATan"}", 2.0)'
+        )
     options = {
         "v_threshold": settings.get("v_threshold", 1.0),
         "v_reset": settings.get("v_reset", 0.0),

@@ -5,6 +5,7 @@ are HWIO, in x out, and channel last. PyTorch itself is not needed for this modu
 """
 
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,28 @@ from plif_jax.neurons import Neuron
 
 def _same(array):
     return array
+
+
+def values_to_torch(values, flat_shape):
+    """What each neuron of maps [..., H, W, C], or of these flattened, has as its own, channel first."""
+    if flat_shape is not None and values.shape[-1:] == (prod(flat_shape),):
+        return _moved(values.reshape(*values.shape[:-1], *flat_shape), -1, -3).reshape(values.shape)
+    return _moved(values, -1, -3) if values.ndim > 2 else values
+
+
+def values_from_torch(values, flat_shape):
+    """Undoes `values_to_torch`."""
+    if flat_shape is not None and values.shape[-1:] == (prod(flat_shape),):
+        H, W, C = flat_shape
+        return _moved(values.reshape(*values.shape[:-1], C, H, W), -3, -1).reshape(values.shape)
+    return _moved(values, -3, -1) if values.ndim > 2 else values
+
+
+def _moved(values, source, destination):
+    """With one axis moved, of NumPy's arrays and JAX's."""
+    axes = list(range(values.ndim))
+    axes.insert(values.ndim + destination, axes.pop(source))
+    return values.transpose(axes)
 
 
 def conv_to_torch(kernel):
@@ -51,17 +74,18 @@ def _entries(net):
     """Yields (name in the authors' program, variable here, array to their layout, array to ours), in their order."""
     flat_shape = None
     for name, layer in net.named_layers().items():
+        values = [partial(moved, flat_shape=flat_shape) for moved in (values_to_torch, values_from_torch)]
         if isinstance(layer, nnx.Conv):
             yield f"{name}.weight", layer.kernel, conv_to_torch, conv_from_torch
             yield from _bias(name, layer)
         elif isinstance(layer, BatchNorm):
-            yield f"{name}.weight", layer.scale, _same, _same
-            yield f"{name}.bias", layer.bias, _same, _same
-            yield f"{name}.running_mean", layer.mean, _same, _same
-            yield f"{name}.running_var", layer.var, _same, _same
+            yield f"{name}.weight", layer.scale, *values
+            yield f"{name}.bias", layer.bias, *values
+            yield f"{name}.running_mean", layer.mean, *values
+            yield f"{name}.running_var", layer.var, *values
         elif isinstance(layer, Neuron):
             for path, variable in _parameters(layer):
-                yield f"{name}.{path}", variable, _same, _same
+                yield f"{name}.{path}", variable, *values
         elif isinstance(layer, Flatten):
             flat_shape = layer.shape
         elif isinstance(layer, nnx.Linear):

@@ -382,5 +382,9 @@ def _read_chosen(folder, kind, template):
     if not sound:
         raise UserError(f"there is no sound checkpoint in {folder}")
     # The first is the newest: of equal scores the later counts.
-    path = max(sound, key=lambda path: _read_record(path)["score"]) if kind == "best" else sound[0]
+    path = sound[0]
+    if kind == "best":
+        path = max(sound, key=lambda path: _read_record(path)["score"])
+        if _read_record(path)["score"] < 0:
+            print("no epoch was tested yet, so none is the best; this is the latest checkpoint")
     return _read_state(path, template)

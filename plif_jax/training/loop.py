@@ -107,7 +107,7 @@ class Run:
         self.progress["data"] = digests
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
-        self.compiled = False
+        self.compiled = set()  # steps per dispatch, of each of which the first call compiles
         restored = checkpoints.restore(self.state)
         if restored is not None:
             self.state, progress = restored
@@ -152,36 +152,48 @@ class Run:
             disable=not self.bars,
         )
         calls = self.feeds["train"].chunks(index_SB[done:], sizes)
-        with bar:
-            began = time.monotonic()
-            for size, arguments in zip(sizes, calls, strict=True):
-                asked = np.full(len(arguments[-1]), self.stop.signum or 0, np.int32)
-                self.state, metrics = self.train_steps(self.state, *arguments, asked)
-                if not self.compiled:  # which it did in this first call
-                    self.compiled, began, timed_from = True, time.monotonic(), done + size
-                # The figures of the call before: reading them does not make the devices wait.
-                if pending is not None:
-                    sums += self._account(*pending, index_SB)
-                    count += pending[1]
-                    bar.set_postfix(loss=f"{sums[0] / count:.4f}", accuracy=f"{sums[1] / count:.3f}", refresh=False)
-                    bar.update(pending[1])
-                pending = (first + done, size, metrics)
-                done += size
-                # Several processes would have to agree on the time.
-                if jax.process_count() == 1 and time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
-                    sums += self._account(*pending, index_SB)
-                    count, pending = count + size, None
-                    bar.update(size)
-                    self._save_in_mid_epoch(sums)
-                if self.asked:
-                    break
+
+        def read():
+            """Takes the figures of the call that is pending, for which it waits."""
+            nonlocal sums, count, pending
             if pending is not None:
                 sums += self._account(*pending, index_SB)
                 count += pending[1]
-            self.progress["sums"] = sums.tolist()
+                bar.set_postfix(loss=f"{sums[0] / count:.4f}", accuracy=f"{sums[1] / count:.3f}", refresh=False)
+                bar.update(pending[1])
+                pending = None
+
+        def stop_clock():
+            """Counts the steps since the clock began, if any, as timed."""
             if count > timed_from:
                 self.progress["steps_timed"] += count - timed_from
                 self.progress["seconds_timed"] += time.monotonic() - began
+
+        with bar:
+            began = time.monotonic()
+            for size, arguments in zip(sizes, calls, strict=True):
+                compiles = size not in self.compiled
+                if compiles:
+                    read()
+                    stop_clock()
+                asked = np.full(len(arguments[-1]), self.stop.signum or 0, np.int32)
+                self.state, metrics = self.train_steps(self.state, *arguments, asked)
+                read()  # of the call before: that does not make the devices wait
+                pending = (first + done, size, metrics)
+                done += size
+                if compiles:
+                    read()
+                    self.compiled.add(size)
+                    began, timed_from = time.monotonic(), done
+                # Several processes would have to agree on the time.
+                if jax.process_count() == 1 and time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
+                    read()
+                    self._save_in_mid_epoch(sums)
+                if self.asked:
+                    break
+            read()
+            self.progress["sums"] = sums.tolist()
+            stop_clock()
             if count > already:
                 # Not where a finished run is only called again: these figures are not from there.
                 self.progress["hardware"] = report.hardware(self.devices)

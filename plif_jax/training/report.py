@@ -20,7 +20,8 @@ def _percent(figures, names=("train_accuracy", "val_accuracy", "test_accuracy"))
 
 def epoch_line(run, figures) -> str:
     """An epoch's figures on one line."""
-    best = f" (best {run.progress['best']['score']:.2%})" if run.progress["best"] else ""
+    kind = "" if run.config.val_ratio is None else "val "
+    best = f" (best {kind}{run.progress['best']['score']:.2%})" if run.progress["best"] else ""
     taus = "tau " + " ".join(f"{tau:.2f}" for tau in run.taus().values()) + "  " if run.config.use_plif else ""
     return (
         f"epoch {figures['epoch']:>4}/{run.config.max_epoch}  loss {figures['loss']:.4f}  {_percent(figures)}{best}  "
