@@ -218,7 +218,7 @@ def test_the_script_converts_between_files(tmp_path, capsys):
     convert([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")])
     same(torch_files.read(tmp_path / "b.npz").arrays, expected)
     assert f"b.npz: {len(expected)} arrays" in capsys.readouterr().out
-    with pytest.raises(UserError, match="-checkpoint latest is of a run; .* is a file, and has one state"):
+    with pytest.raises(UserError, match=r"-checkpoint latest is of a run; .* is a file, and has one state"):
         convert([str(tmp_path / "a.npz"), "-checkpoint", "latest", str(tmp_path / "c.npz")])
     with pytest.raises(UserError, match="not the folder of a run"):
         convert([str(tmp_path), str(tmp_path / "c.npz")])
