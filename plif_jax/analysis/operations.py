@@ -45,13 +45,15 @@ def count(net, x) -> dict[str, LayerOperations]:
       {layer name: LayerOperations} in the order of the layers.
     """
     graphdef, state = nnx.split(net)
-    fan_outs = {}
+    shapes = {}
 
-    def note_fan_out(name, layer, entering, leaving):
+    def note_shape(name, layer, entering, leaving):
         if isinstance(layer, nnx.Conv | nnx.Linear):
-            fan_outs[name] = fan_out(net.named_layers()[name], entering.shape[2:])
+            shapes[name] = entering.shape[2:]
 
-    jax.eval_shape(partial(evaluate, observe=note_fan_out), graphdef, state, x)
+    jax.eval_shape(partial(evaluate, observe=note_shape), graphdef, state, x)
+    layers = net.named_layers()
+    fan_outs = {name: fan_out(layers[name], shape) for name, shape in shapes.items()}
     # A common factor, the number of output channels, is taken out: what is left to sum fits 32 bits.
     units = {name: int(np.gcd.reduce(reach, axis=None)) for name, reach in fan_outs.items()}
     reduced = {name: (reach // units[name]).astype(np.int32) for name, reach in fan_outs.items()}
@@ -69,11 +71,15 @@ def fan_out(layer, shape) -> np.ndarray:
     It is the layer's transpose, all weights 1, applied to ones: so strides, padding and groups are all respected.
     """
     graphdef, weights = nnx.split(layer)
-    with jax.ensure_compile_time_eval():
-        ones = nnx.merge(graphdef, jax.tree.map(jnp.ones_like, weights))
-        ones.dtype = jnp.float32  # counts are whole, which bfloat16 would round
-        y, transpose = jax.vjp(ones, jnp.zeros((1, *shape), jnp.float32))
-        return np.rint(np.asarray(transpose(jnp.ones_like(y))[0][0], np.float64)).astype(np.int64)
+    return np.rint(np.asarray(_reached(graphdef, shape, weights), np.float64)).astype(np.int64)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _reached(graphdef, shape, weights):
+    ones = nnx.merge(graphdef, jax.tree.map(jnp.ones_like, weights))
+    ones.dtype = jnp.float32  # counts are whole, which bfloat16 would round
+    y, transpose = jax.vjp(ones, jnp.zeros((1, *shape), jnp.float32))
+    return transpose(jnp.ones_like(y))[0][0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -64,9 +64,9 @@ def record(net, x, neurons=None, *, batch_size=None):
     for start in range(0, size, batch_size or size):
         # Sliced where it is: of an array on the host no more than a part goes to the device.
         part = x[(*before, slice(start, start + (batch_size or size)))]
-        rates, layers = _record(graphdef, state, part, chosen)
-        parts.append((rates, {name: layers[name] for name in chosen}))  # jit sorts by name: conv.10 before conv.2
-    return parts[0] if len(parts) == 1 else _joined(parts)
+        parts.append(_record(graphdef, state, part, chosen))
+    rates, layers = parts[0] if len(parts) == 1 else _joined(parts)
+    return rates, {name: layers[name] for name in chosen}  # jit sorts by name: conv.10 before conv.2
 
 
 def _chosen(net, x, neurons):
@@ -149,6 +149,7 @@ def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
     return jax.lax.scan(step, rest, x)[1]
 
 
+@jax.jit
 def _joined(parts):
     """The records of consecutive parts of a batch, as one."""
     rates, layers = zip(*parts, strict=True)
