@@ -299,7 +299,7 @@ def expanded(folder: str | Path) -> Path:
     Raises:
       UserError: nobody's home is known by that name, or it is an address.
     """
-    if re.match(r"[a-z][a-z0-9]*:/", str(folder)):  # of gs:// pathlib leaves gs:/
+    if re.match(r"[A-Za-z][\w.+-]+:/", str(folder)):  # of gs:// pathlib leaves gs:/
         raise UserError(f"{folder}: an address; give a folder, such as one where that place is mounted.")
     try:
         return Path(folder).expanduser()

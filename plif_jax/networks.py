@@ -223,7 +223,7 @@ class SpikingNet(nnx.Module):
             for build in table[part]:
                 layer, shape = build(self, shape, rngs)
                 if part == "static_conv" and isinstance(layer, neurons.Neuron):
-                    raise UserError("a neuron in static_conv, which a still image passes once; put it first in conv")
+                    raise UserError("a neuron in static_conv, where it would see a still image once; put it in conv")
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
         outputs = vector("the vote", shape)

@@ -23,7 +23,7 @@ from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 from plif_jax.sequence import at_rest, kernels, run
 
-_POTENTIALS = int | float | np.number | np.ndarray | jax.Array | nnx.Variable
+_POTENTIALS = int | float | np.generic | np.ndarray | jax.Array | nnx.Variable
 
 
 class Neuron(nnx.Module):
@@ -51,7 +51,8 @@ class Neuron(nnx.Module):
         self.v_reset = v_reset
         for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
             if not isinstance(value, _POTENTIALS) and not (value is None and name == "v_reset"):
-                raise UserError(f"{name} is {value!r}; give a number, an array, or an nnx.Param that is learned")
+                kind = type(value).__name__
+                raise UserError(f"{name} is of type {kind}; give a number, an array, or an nnx.Param to be learned")
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):

@@ -29,7 +29,8 @@ from jax.experimental import pallas as pl
 
 from plif_jax import neuron_kernel, neurons, sequence
 from plif_jax.config import Config
-from plif_jax.training import loop
+
+pytest.register_assert_rewrite("damage", "image_sets", "nir_graphs", "runs", "weights")
 
 # Shapes that differ in their number of axes are a mistake more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -110,6 +111,8 @@ def settings():
 @pytest.fixture(scope="session")
 def whole(settings, tmp_path_factory):
     """An uninterrupted run: (config, result). Its tests are the group "training", of one worker."""
+    from plif_jax.training import loop  # which imports much, for other tests for nothing
+
     config = settings(log_dir_prefix=str(tmp_path_factory.mktemp("whole")))
     return config, loop.train(config, say=lambda line: None)
 

@@ -1,19 +1,15 @@
 """What a run leaves, read back."""
 
 import numpy as np
-import pytest
 from tensorboardX.proto import event_pb2
 
+from plif_jax.interop import torch
 from plif_jax.training import checkpoint
 from plif_jax.training.logs import read_metrics
-
-pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run
 
 
 def arrays(config, kind="latest"):
     _, net = checkpoint.load_network(config.run_dir, kind)
-    from plif_jax.interop import torch
-
     return torch.state_dict(net)
 
 

@@ -190,7 +190,7 @@ def test_names_that_no_folder_can_have_are_the_archive_s_fault(tmp_path, names, 
     with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
         for name in names:
             packed.writestr(name, b"")
-    with pytest.raises(UserError, match=rf"Train\.zip: the archive is truncated or damaged \({said}\)"):
+    with pytest.raises(UserError, match=rf"Train\.zip: the archive is damaged, or .* cannot hold its names \({said}\)"):
         archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
 
 

@@ -193,10 +193,12 @@ def test_to_evaluate_one_gives_the_bits_that_it_gives_among_others(layer, shape)
 @pytest.mark.parametrize("size", [(5,), (4, 5, 5)])
 def test_a_convolution_of_other_axes_gives_the_same_in_both_modes(size):
     conv = layers.Conv(2, 3, (3,) * len(size), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 2, *size, 2))
-    trained = conv(x)
-    conv.eval()
-    np.testing.assert_allclose(conv(x), trained, atol=1e-5)
+    for leading in ((), (2, 2)):
+        conv.train()
+        x = jax.random.normal(jax.random.key(0), (*leading, *size, 2))
+        trained = conv(x)
+        conv.eval()
+        np.testing.assert_allclose(conv(x), trained, atol=1e-5)
 
 
 def test_on_a_gpu_evaluation_is_one_product():

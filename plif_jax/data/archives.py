@@ -59,7 +59,7 @@ def _unpack(archive, folder, name):
     with storage.reading(name):
         file = archive.open("rb")
     try:
-        with file, storage.writing(folder), _damage_told_apart():
+        with file, storage.writing(folder), _names_told_apart(folder):
             if zipfile.is_zipfile(file) or archive.suffix.lower() == ".zip":
                 with zipfile.ZipFile(file) as packed:
                     _unpack_zip(packed, folder)
@@ -83,13 +83,16 @@ def _unpack(archive, folder, name):
 
 
 @contextlib.contextmanager
-def _damage_told_apart():
-    """Turn the system's refusals that only a damaged archive asks for into one that says nothing of the folder."""
+def _names_told_apart(folder):
+    """Turn the system's refusals of a name or a place, most likely a damaged archive's, into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno in OF_ITS_NAMES:
-            raise ValueError(error.strerror) from None
+            raise UserError(
+                f"the archive is damaged, or {folder} cannot hold its names ({error.strerror}): fetch it again, or "
+                "choose another folder with -cache_dir or PLIF_JAX_CACHE."
+            ) from None
         raise
 
 
@@ -103,6 +106,8 @@ class _Header(tarfile.TarInfo):
             return super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
             raise
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError("it stops before its end") from None
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 

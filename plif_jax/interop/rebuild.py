@@ -181,19 +181,17 @@ def _spikingjelly(arrays, settings):
 def _spiking_neuron(arrays, settings):
     """Makes neurons as the file has them, by SpikingJelly's defaults where neither it nor the caller says."""
     kind, alpha = settings.get("surrogate", ("Sigmoid", 4.0))
-    fire = getattr(surrogate, kind, None)
-    if alpha is None or not (isinstance(fire, type) and issubclass(fire, surrogate.Surrogate)):
-        near = nearest(str(kind), (name for name, member in vars(surrogate).items() if isinstance(member, type)))
-        raise UserError(
-            f"the surrogate {kind}, in the file or given, has no counterpart: give surrogate, such as "
-            f'("{near or "ATan"}", 2.0)'
-        )
+    fire = {cls.__name__: cls for cls in surrogate.Surrogate.__subclasses__()}
+    if kind not in fire or alpha is None:
+        near = "ATan" if kind in fire else nearest(str(kind), fire) or "ATan"
+        why = "has more settings than alpha" if kind in fire else "has no counterpart"
+        raise UserError(f'the surrogate {kind}, in the file or given, {why}: give surrogate, such as ("{near}", 2.0)')
     options = {
         "v_threshold": settings.get("v_threshold", 1.0),
         "v_reset": settings.get("v_reset", 0.0),
         "detach_reset": settings.get("detach_reset", False),
     }
     if any(key.endswith(".w") for key in arrays):
-        return lambda: neurons.PLIF(param_dtype=jnp.float32, surrogate=fire(alpha=alpha), **options)
+        return lambda: neurons.PLIF(param_dtype=jnp.float32, surrogate=fire[kind](alpha=alpha), **options)
     tau = _need(settings, "init_tau", "the tau of its LIF neurons")
-    return lambda: neurons.LIF(tau, surrogate=fire(alpha=alpha), **options)
+    return lambda: neurons.LIF(tau, surrogate=fire[kind](alpha=alpha), **options)

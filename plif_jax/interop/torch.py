@@ -25,23 +25,22 @@ def _same(array):
 def values_to_torch(values, flat_shape):
     """What each neuron of maps [..., H, W, C], or of these flattened, has as its own, channel first."""
     if flat_shape is not None and values.shape[-1:] == (prod(flat_shape),):
-        return _moved(values.reshape(*values.shape[:-1], *flat_shape), -1, -3).reshape(values.shape)
-    return _moved(values, -1, -3) if values.ndim > 2 else values
+        return values_to_torch(values.reshape(*values.shape[:-1], *flat_shape), None).reshape(values.shape)
+    if values.ndim < 3:
+        return values
+    *others, H, W, C = range(values.ndim)
+    return values.transpose(*others, C, H, W)
 
 
 def values_from_torch(values, flat_shape):
     """Undoes `values_to_torch`."""
     if flat_shape is not None and values.shape[-1:] == (prod(flat_shape),):
         H, W, C = flat_shape
-        return _moved(values.reshape(*values.shape[:-1], C, H, W), -3, -1).reshape(values.shape)
-    return _moved(values, -3, -1) if values.ndim > 2 else values
-
-
-def _moved(values, source, destination):
-    """With one axis moved, of NumPy's arrays and JAX's."""
-    axes = list(range(values.ndim))
-    axes.insert(values.ndim + destination, axes.pop(source))
-    return values.transpose(axes)
+        return values_from_torch(values.reshape(*values.shape[:-1], C, H, W), None).reshape(values.shape)
+    if values.ndim < 3:
+        return values
+    *others, C, H, W = range(values.ndim)
+    return values.transpose(*others, H, W, C)
 
 
 def conv_to_torch(kernel):

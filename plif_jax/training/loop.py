@@ -175,6 +175,8 @@ class Run:
                 compiles = size not in self.compiled
                 if compiles:
                     read()
+                    if self.asked:
+                        break
                     stop_clock()
                 asked = np.full(len(arguments[-1]), self.stop.signum or 0, np.int32)
                 self.state, metrics = self.train_steps(self.state, *arguments, asked)
