@@ -118,6 +118,9 @@ def minds(runs) -> list[str]:
         differing = reference.differences(config, published)
         if config.max_epoch != whole.max_epoch:
             differing.append(f"max_epoch is {config.max_epoch}, theirs {whole.max_epoch}")
+        results = [finished(run) for (other, _), configs in runs.items() for run in configs if other == dataset]
+        parts = [reference.parts_used(result["samples"], dataset) for result in results if result]
+        differing += dict.fromkeys(part for of_run in parts for part in of_run)
         lines += [f"mind: {dataset}: {difference}" for difference in differing]
     return lines
 

@@ -9,7 +9,7 @@ import ablation
 from plif_jax.errors import UserError
 
 
-def finish(config, best=0.9, epochs=None):
+def finish(config, best=0.9, epochs=None, samples=None):
     """Leaves what a finished run leaves."""
     epochs = epochs or config.max_epoch
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -21,6 +21,7 @@ def finish(config, best=0.9, epochs=None):
         "best": {"test_accuracy": best},
         "last": {"test_accuracy": best - 0.1},
         "settings": dataclasses.asdict(config),
+        "samples": samples or {"train": 60000, "test": 10000},
     }
     (config.run_dir / "result.json").write_text(json.dumps(result))
 
@@ -57,6 +58,13 @@ def test_what_sets_the_runs_apart_from_the_published_is_said(flags):
 def test_what_the_ablation_sets_is_refused(flags, flag):
     with pytest.raises(UserError, match=r"the ablation sets it; choose with -datasets and -seeds"):
         ablation.main(["-datasets", "MNIST", *flags, flag, "3"])
+
+
+def test_a_part_of_the_data_is_told_as_what_sets_runs_apart(flags):
+    runs = ablation.plan(["MNIST"], [1, 2], flags)
+    for run in runs["MNIST", "LIF, tau = 2"]:
+        finish(run, samples={"train": 850, "val": 150, "test": 10000})
+    assert "mind: MNIST: of 60000 samples for training it had 1000" in ablation.minds(runs)
 
 
 def test_only_runs_with_these_settings_and_epochs_are_done(flags):

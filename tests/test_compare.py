@@ -154,6 +154,20 @@ def test_compare_explains_what_is_missing(run, published, tmp_path):
         compare.main([str(run), "--reference", str(published)])
 
 
+def test_where_no_epoch_is_in_common_it_says_so(run, published, capsys):
+    (run / "metrics.jsonl").write_text('{"tag": "test_accuracy", "step": 2000, "value": 0.5, "time": 0}')
+    compare.main([str(run), "--reference", str(published)])
+    assert "no epoch has a test accuracy both here and there" in capsys.readouterr().out
+
+
+def test_another_test_set_or_fewer_tests_are_told():
+    ours = Config(**SETTINGS | {"dataset_name": "CIFAR10DVS", "cifar10dvs_split": "tebn", "eval_every": 50})
+    assert reference.differences(ours, ours.run_name) == [
+        "cifar10dvs_split is tebn, theirs paper",
+        "eval_every is 50, theirs 1",
+    ]
+
+
 def test_curves_are_found_from_within_their_folder(published, monkeypatch):
     monkeypatch.chdir(published / "accuracy_B")
     assert list(reference.find(".")) == [reference.accuracy_b_name("CIFAR10")]

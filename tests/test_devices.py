@@ -24,13 +24,17 @@ def test_batch_size_must_divide_among_the_devices(settings):
         devices.choose(settings(batch_size=6, device="cpu"))
 
 
-def test_every_process_must_have_a_device(settings, monkeypatch):
+def test_every_process_must_have_as_many_devices(settings, monkeypatch):
     of_two = [SimpleNamespace(process_index=i // 2, platform="cpu", id=i) for i in range(4)]
     monkeypatch.setattr(jax, "devices", lambda platform=None: of_two)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=r"-device cpu:0: process 1 has none of .*leave -device out"):
-        devices.choose(settings(device="cpu:0"))
-    assert devices.choose(settings(device="cpu:0,2")) == of_two[::2]
+    for device, said in (("cpu:0", "1, 0"), ("cpu:0,1,2", "2, 1")):
+        with pytest.raises(
+            UserError, match=f"-device {device}: the processes have {said} of these .* leave -device out"
+        ):
+            devices.choose(settings(device=device))
+    assert devices.choose(settings(device="cpu:0,2")) == devices.choose(settings(device="cpu:2,0")) == of_two[::2]
+    assert devices.choose(settings(device="cpu:0,2,1,3")) == of_two  # of each process together, as JAX wants them
 
 
 def test_devices_by_the_authors_names(settings):

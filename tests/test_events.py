@@ -42,6 +42,15 @@ def expected_frames(file, T=4, **settings):
     return frames.integrate(event_readers.read(file), 34, 34, T, **settings)
 
 
+def test_a_damaged_prepared_array_is_named(tmp_path):
+    write_nmnist(tmp_path / "data")
+    events.load("NMNIST", tmp_path / "data", tmp_path / "cache", T=2, progress=False)
+    (path,) = (tmp_path / "cache" / "frames").glob("*/train.npy")
+    path.write_bytes(bytes(8) + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=r"prepared in .*NMNIST.* is damaged: delete that folder, and it is made anew"):
+        events.load("NMNIST", tmp_path / "data", tmp_path / "cache", T=2, progress=False)
+
+
 def test_frames_and_labels_are_those_of_the_files_in_order_of_number(data):
     dataset = load(data)
     assert (dataset.train.found, dataset.train.expected) == (30, 60000)

@@ -13,7 +13,7 @@ from programs import SETTINGS, as_processes, assert_same_result, result, saved, 
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError
-from plif_jax.training import distributed, loop
+from plif_jax.training import devices, distributed, loop
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,29 @@ def test_a_single_tpu_host_trains_alone(monkeypatch):
     assert find(RuntimeError("must be called before any JAX calls that")) == ({}, [])
     with pytest.raises(UserError, match="did not find each other: DEADLINE_EXCEEDED"):
         find(RuntimeError("DEADLINE_EXCEEDED"))
+    with pytest.raises(UserError, match="no device starts, or another process is gone: Unable to initialize backend"):
+        find(RuntimeError("Unable to initialize backend 'bogus'"))
+    with pytest.raises(
+        UserError, match=r"Failed to start RPC server \(is the port of -coordinator taken\? give another\)"
+    ):
+        find(RuntimeError("UNKNOWN: Failed to start RPC server"))
+
+
+def test_devices_that_do_not_start_are_told_as_for_one_process(monkeypatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(devices.jax, "devices", fail)
+    with pytest.raises(UserError, match="JAX finds no device of JAX_PLATFORMS="):
+        joined(monkeypatch, None, "tpu,cpu", AssertionError())
+
+
+def test_processes_of_unequally_many_devices_are_told_before_they_meet(monkeypatch):
+    three = [SimpleNamespace(process_index=index) for index in (0, 0, 1)]
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.jax, "devices", lambda: three)
+    with pytest.raises(UserError, match="process 0 has 2 devices, process 1 has 1; give each as many"):
+        distributed.agree({"-T": 4})
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def finish(run):
     hardware = {"devices": ["0 cpu"], "machine": "two cores", "versions": {"jax": "1"}}
     figures = {"epochs": 3, "best": {"test_accuracy": 0.5}, "last": {"test_accuracy": 0.4}, "finished": True}
     result = {"settings": dataclasses.asdict(run), "seconds": 90.0, **figures, **hardware}
+    result["samples"] = {"train": 60000, "test": 10000}
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "result.json").write_text(json.dumps(result))
     (run.run_dir / "metrics.jsonl").write_text("")

@@ -16,6 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from plif_jax.catalog import DATASETS
 from plif_jax.config import Config
+from plif_jax.data import expected
 from plif_jax.errors import UserError
 
 RUN_NAME = re.compile(
@@ -27,7 +28,10 @@ RUN_NAME = re.compile(
 # A curve whose run differs in one of these says nothing about ours; differing in others it is shown with a warning.
 MUST_AGREE = ("dataset_name", "val_ratio", "use_plif", "init_tau", "use_max_pool")
 # Settings that the name of a run does not tell; the published runs have the defaults.
-UNNAMED = ("batch_size", "learning_rate", "T_max", "alpha_learnable", "train_samples", "test_samples", "precision")
+UNNAMED = (
+    *("batch_size", "learning_rate", "T_max", "alpha_learnable", "train_samples", "test_samples", "precision"),
+    *("cifar10dvs_split", "eval_every"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,13 @@ def differences(config: Config, run_name: str) -> list[str]:
     ours |= {s: getattr(config, s) for s in UNNAMED}
     theirs |= {field.name: field.default for field in dataclasses.fields(Config) if field.name in UNNAMED}
     return [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]
+
+
+def parts_used(samples, dataset_name) -> list[str]:
+    """How much of the data set a run had, where that was not all; `samples` as its result has them."""
+    ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
+    parts = zip(ours.items(), expected(dataset_name), strict=True)
+    return [f"of {whole} samples for {what} it had {n}" for (what, n), whole in parts if n < whole]
 
 
 def _choice(runs, config):

@@ -59,7 +59,10 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
             if not _complete(folder):
                 jobs = {split: _jobs(parts, ours, settings, stat) for split, ours in recordings.items()}
                 _make(folder, parts, jobs, record, progress and name)
-    return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in recordings}, folder
+    try:
+        return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in recordings}, folder
+    except (ValueError, EOFError):
+        raise UserError(f"what was prepared in {folder} is damaged: delete that folder, and it is made anew") from None
 
 
 def make_part(job):

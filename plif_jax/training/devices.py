@@ -28,16 +28,17 @@ def choose(config, say=print) -> list:
     has none of that kind, the devices that it has are taken, and that is said: so the paper's commands run anywhere.
 
     Raises:
-      UserError: the device does not exist, a process has none, or the batch does not divide among the devices.
+      UserError: the device does not exist, the processes have unequally many, or the batch does not divide among them.
     """
     devices = jax.devices()
     if config.device is not None:
         devices = _named(config.device, say)
-    without = set(range(jax.process_count())) - {device.process_index for device in devices}
-    if without:
+    devices = sorted(devices, key=lambda device: device.process_index)  # JAX wants each process's together
+    counts = [sum(device.process_index == process for device in devices) for process in range(jax.process_count())]
+    if len(set(counts)) > 1:
         raise UserError(
-            f"-device {config.device}: process {min(without)} has none of {', '.join(map(str, devices))}; "
-            f"leave -device out, or name some of each process's among all {len(jax.devices(devices[0].platform))}"
+            f"-device {config.device}: the processes have {', '.join(map(str, counts))} of these devices; "
+            f"leave -device out, or name as many of each process's among all {len(jax.devices(devices[0].platform))}"
         )
     share, rest = divmod(config.batch_size, len(devices))
     if rest:

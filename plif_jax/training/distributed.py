@@ -3,12 +3,14 @@
 import os
 import re
 import zlib
+from collections import Counter
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from plif_jax.errors import UserError
+from plif_jax.training import devices
 
 # A peer that says nothing for this long is taken for dead, and the run ends.
 HEARTBEAT_SECONDS = 30
@@ -20,8 +22,8 @@ def join(config, say=print):
     """Joins the other processes of the run: as the flags say, or as found on SLURM and TPU pods; else does nothing.
 
     Raises:
-      UserError: some of -coordinator, -num_processes and -process_id are missing or wrong, or the coordinator does not
-        answer.
+      UserError: some of -coordinator, -num_processes and -process_id are missing or wrong, the coordinator does not
+        answer, or no device starts.
     """
     settings = _given(config)
     if jax.distributed.is_initialized() or not (settings or _several_slurm_tasks() or _maybe_tpu_pod()):
@@ -32,7 +34,13 @@ def join(config, say=print):
     except RuntimeError as error:
         if not settings and not _several_slurm_tasks() and "before any JAX calls" in str(error):
             return  # a notebook on a TPU: where there are other hosts, its first computation has met them
-        raise UserError(f"the processes did not find each other: {str(error).splitlines()[0]}") from None
+        text = str(error).splitlines()[0]
+        taken = " (is the port of -coordinator taken? give another)" if "start RPC server" in text else ""
+        of_devices = text.startswith("Unable to initialize backend")
+        what = "no device starts, or another process is gone" if of_devices else "the processes did not find each other"
+        raise UserError(f"{what}: {text}{taken}") from None
+    except AssertionError:  # JAX's, where what $JAX_PLATFORMS names does not start
+        devices.start()
     except (ValueError, OSError) as error:
         if settings or _several_slurm_tasks():
             raise UserError(f"the processes did not find each other: {error}") from None
@@ -43,10 +51,16 @@ def agree(facts):
     """Refuses {name: value} that differ between the processes, before they train apart or wait for each other.
 
     Raises:
-      UserError: names what differs; each process says its own values.
+      UserError: names what differs, each process its own values; or they have unequally many devices.
     """
     if jax.process_count() == 1:
         return
+    counts = Counter(device.process_index for device in jax.devices())
+    (most, n), (least, m) = counts.most_common()[0], counts.most_common()[-1]
+    if n != m:  # JAX itself has all meet in equal numbers
+        raise UserError(
+            f"process {most} has {n} devices, process {least} has {m}; give each as many, by CUDA_VISIBLE_DEVICES say"
+        )
     digests = np.array([zlib.crc32(repr(value).encode()) for value in facts.values()], np.uint32)
     differs = (multihost_utils.process_allgather(digests) != digests).any(0)
     here = [f"{name} {value}" for (name, value), other in zip(facts.items(), differs, strict=True) if other]
