@@ -201,7 +201,7 @@ def test_weights_of_no_known_network_are_refused():
     theirs = arrays_of(spikingjelly.NMNISTNet(neurons.PLIF, channels=3, rngs=nnx.Rngs(0)))
     with pytest.raises(UserError, match="dataset_name is 'CIFAR10'; weights of these shapes are of NMNIST, Digits"):
         rebuild(torch_files.Checkpoint(theirs), dataset_name="CIFAR10")
-    with pytest.raises(UserError, match=r'surrogate Atan, in the file or given, .* such as \("ATan", 2.0\)'):
+    with pytest.raises(UserError, match=r'surrogate Atan in the file or given has no .* such as \("ATan", 2.0\)'):
         rebuild(torch_files.Checkpoint(theirs), surrogate=("Atan", 2.0))
     for names in ({"conv.0.weight": np.zeros((3, 3))}, {"conv_fc.0.weight": np.zeros((3, 2, 3, 3))}):
         with pytest.raises(UserError, match="are of none of"):

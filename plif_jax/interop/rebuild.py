@@ -185,7 +185,7 @@ def _spiking_neuron(arrays, settings):
     if kind not in fire or alpha is None:
         near = "ATan" if kind in fire else nearest(str(kind), fire) or "ATan"
         why = "has more settings than alpha" if kind in fire else "has no counterpart"
-        raise UserError(f'the surrogate {kind}, in the file or given, {why}: give surrogate, such as ("{near}", 2.0)')
+        raise UserError(f'the surrogate {kind} in the file or given {why}: give surrogate, such as ("{near}", 2.0)')
     options = {
         "v_threshold": settings.get("v_threshold", 1.0),
         "v_reset": settings.get("v_reset", 0.0),
