@@ -307,7 +307,7 @@ def test_a_run_that_was_never_tested_says_so(settings, tmp_path, monkeypatch, ca
     assert loop.train(dataclasses.replace(config, max_epoch=1), say=said.append)["best"] is None
     assert any("no epoch was tested: 2 are done, -eval_every is 5" in line for line in said)
     checkpoint.load_network(config.run_dir)
-    assert "no epoch was tested yet, so none is the best" in capsys.readouterr().out
+    assert "no checkpoint that is left was tested, so none is the best" in capsys.readouterr().out
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(settings, tmp_path, monkeypatch):

@@ -386,5 +386,5 @@ def _read_chosen(folder, kind, template):
     if kind == "best":
         path = max(sound, key=lambda path: _read_record(path)["score"])
         if _read_record(path)["score"] < 0:
-            print("no epoch was tested yet, so none is the best; this is the latest checkpoint")
+            print("no checkpoint that is left was tested, so none is the best; this is the latest")
     return _read_state(path, template)

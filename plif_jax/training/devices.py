@@ -38,7 +38,7 @@ def choose(config, say=print) -> list:
     if len(set(counts)) > 1:
         raise UserError(
             f"-device {config.device}: the processes have {', '.join(map(str, counts))} of these devices; "
-            f"leave -device out, or name as many of each process's among all {len(jax.devices(devices[0].platform))}"
+            f"leave -device out, or name equally many of each process, of {len(jax.devices(devices[0].platform))}"
         )
     share, rest = divmod(config.batch_size, len(devices))
     if rest:
