@@ -7,6 +7,7 @@ import http.server
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 
@@ -68,6 +69,14 @@ def test_a_first_use_downloads_and_prepares_and_a_second_needs_no_network(tmp_pa
     assert_is_the_small_set(load(tmp_path / "cache"), (28, 28, 1))
     assert capsys.readouterr().out == ""
     assert contents(tmp_path / "cache") == before
+
+
+def test_nothing_is_left_in_the_systems_folder_of_temporary_files(tmp_path, site, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    load(tmp_path / "cache")
+    assert not list(temporary.iterdir())
 
 
 def test_without_a_network_it_says_which_files_to_put_where(tmp_path, site):
