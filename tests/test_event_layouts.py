@@ -141,13 +141,20 @@ def test_damaged_gesture_labels_are_named(tmp_path):
         recordings.find("DVS128Gesture", tmp_path / "data", tmp_path / "cache")
 
 
-def test_a_gesture_file_is_read_once_for_all_its_cuts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [1, 3, 256])
+def test_a_gesture_file_is_read_once_for_all_its_cuts(tmp_path, monkeypatch, size):
     write_gesture(tmp_path / "data")
+    write_aedat3(tmp_path / "data" / "user02_lab.aedat", random_events(7, 900, 128, 128))
+    shutil.copy(tmp_path / "data" / "user01_led_labels.csv", tmp_path / "data" / "user02_lab_labels.csv")
     read, seen = event_readers.read, []
-    monkeypatch.setattr(event_readers, "read", lambda path: seen.append(path) or read(path))
-    event_readers.read_once.cache_clear()
-    events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
-    assert len(seen) == 2
+    monkeypatch.setattr(event_readers, "read", lambda path: seen.append(Path(path).stem) or read(path))
+    monkeypatch.setattr(event_cache, "PART_RECORDINGS", size)
+    dataset = events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
+    assert seen == ["user01_led", "user02_lab", "user24_lab"]
+    found = recordings.find("DVS128Gesture", tmp_path / "data", tmp_path / "cache").train
+    assert [Path(r.path).stem[:6] for r in found] == ["user01", "user01", "user02", "user02"] + ["user01", "user02"] * 2
+    for x_THWC, recording in zip(dataset.train.x, found, strict=True):
+        np.testing.assert_array_equal(x_THWC, event_cache.integrate(recording, (128, 128), 3))
 
 
 def test_tonics_gestures(tmp_path):

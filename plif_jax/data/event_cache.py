@@ -57,8 +57,12 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
     if not _complete(folder):
         with storage.locked(parts.with_suffix(".lock")):
             if not _complete(folder):
-                jobs = {split: _jobs(parts, ours, settings, stat) for split, ours in recordings.items()}
-                _make(folder, parts, jobs, record, progress and name)
+                orders = {split: _by_file(ours) for split, ours in recordings.items()}
+                jobs = {
+                    split: _jobs(parts, [recordings[split][i] for i in order], settings, stat)
+                    for split, order in orders.items()
+                }
+                _make(folder, parts, jobs, orders, record, progress and name)
     try:
         return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in recordings}, folder
     except (ValueError, EOFError):
@@ -118,7 +122,15 @@ def _complete(folder):
         return False
 
 
-def _make(folder, parts, jobs, record, name):
+def _by_file(recordings):
+    """The recordings' numbers in an order in which the cuts of a file follow one another, for it to be read once."""
+    first = {}
+    for i, recording in enumerate(recordings):
+        first.setdefault(recording.path, i)
+    return sorted(range(len(recordings)), key=lambda i: first[recordings[i].path])
+
+
+def _make(folder, parts, jobs, orders, record, name):
     """Make the parts that are missing, join them, and write the record last; `name` titles the bar, False: none."""
     with storage.writing(folder):
         parts.mkdir(parents=True, exist_ok=True)
@@ -137,7 +149,7 @@ def _make(folder, parts, jobs, record, name):
         _run(missing, lambda job: bar.update(len(job["recordings"])))
     sizes = {}
     for split, ours in jobs.items():
-        storage.join(folder / f"{split}.npy", [job["path"] for job in ours])
+        storage.join(folder / f"{split}.npy", [job["path"] for job in ours], orders[split])
         sizes[f"{split}.npy"] = (folder / f"{split}.npy").stat().st_size
     versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
     with storage.replacing(folder / "record.json") as file:
@@ -151,7 +163,7 @@ def _make(folder, parts, jobs, record, name):
 
 
 def _jobs(folder, recordings, settings, stat):
-    """Divide recordings into parts."""
+    """Divide recordings, the cuts of a file together, into parts."""
     bytes_each = settings["T"] * settings["sensor"][0] * settings["sensor"][1] * 2
     size = max(1, min(PART_RECORDINGS, PART_BYTES // bytes_each))
     parts = [recordings[first : first + size] for first in range(0, len(recordings), size)]

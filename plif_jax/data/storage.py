@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 from pathlib import Path
 
@@ -80,16 +81,21 @@ def reading(path):
 
 def save(path, array):
     """Save an array as the array file `path`: all of it or nothing."""
-    _write(path, array.dtype, array.shape, [array])
+    with _rows_of(path, array.dtype, array.shape) as write:
+        write(0, array)
 
 
-def join(path, files):
-    """Save the arrays of files, one after the other along their first axis, as the one array file `path`.
+def join(path, files, places):
+    """Save the rows of arrays in files as the one array file `path`, each in the place that `places` has for it.
 
     One is open at a time: there may be more of them than a program may open.
     """
     dtypes, lengths, shapes = zip(*((a.dtype, len(a), a.shape[1:]) for a in map(_mapped, files)), strict=True)
-    _write(path, np.result_type(*dtypes), (sum(lengths), *shapes[0]), map(_mapped, files))
+    places = iter(places)
+    with _rows_of(path, np.result_type(*dtypes), (sum(lengths), *shapes[0])) as write:
+        for array in map(_mapped, files):
+            for row in array:
+                write(next(places), row)
 
 
 def _mapped(file):
@@ -97,10 +103,17 @@ def _mapped(file):
     return np.load(file, mmap_mode="r")
 
 
-def _write(path, dtype, shape, arrays):
-    """Write one array file from arrays that follow each other."""
+@contextlib.contextmanager
+def _rows_of(path, dtype, shape):
+    """Give a function that writes what begins at a row of the array file `path`: in the end all of it or nothing."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
     with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for array in arrays:  # not with tofile, which hides that a disk is full
-            file.write(np.ascontiguousarray(array, dtype).data)
+        start = file.tell()
+
+        def write(row, values):  # not with tofile, nor into a mapped file, which hide that a disk is full
+            file.seek(start + row * row_bytes)
+            file.write(np.ascontiguousarray(values, dtype).data)
+
+        yield write
