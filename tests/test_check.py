@@ -108,7 +108,7 @@ def test_cifar10_dvs_is_turned_upright(here, monkeypatch):
         ("NMIST", "no data set 'NMIST'; allowed are .*Did you mean NMNIST?"),
         ("cifar10", "Did you mean CIFAR10?"),
         ("CIFAR10", r"no official files of CIFAR10 are in .*; they are called data_batch_1\.bin, .*cifar-10-python"),
-        ("CIFAR10DVS", "no recordings of CIFAR10DVS"),
+        ("CIFAR10DVS", r"no recordings of CIFAR10DVS are in .*; looked for <class>/\*\.aedat"),
     ],
 )
 def test_mistakes_are_named(here, name, says):

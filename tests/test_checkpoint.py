@@ -112,6 +112,13 @@ def test_what_a_killed_program_had_begun_to_write_is_removed(tmp_path):
         assert not list(tmp_path.glob("*tmp*"))
 
 
+def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path):
+    fill(tmp_path, (5, 10))
+    (tmp_path / "0007").mkdir()
+    with checkpoint.Checkpoints(tmp_path, CONFIG):
+        assert (tmp_path / "0007").is_dir()
+
+
 @pytest.mark.parametrize("seal", ["{}", "[" * 100_000, '{"state/a": 1'])
 def test_a_seal_that_says_nothing_is_damage(tmp_path, seal):
     fill(tmp_path, (5, 10))

@@ -24,6 +24,15 @@ def test_nmnist_folders(tmp_path, place):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_second_download_is_no_recording_and_no_folder_is_one(tmp_path):
+    write_nmnist(tmp_path)
+    (tmp_path / "Train" / "0" / "11.bin").mkdir()
+    assert numbers(recordings.find("NMNIST", tmp_path, tmp_path).train) == [2, 9, 10] * 10
+    shutil.copy(tmp_path / "Train" / "0" / "9.bin", tmp_path / "Train" / "0" / "9 (1).bin")
+    with pytest.raises(UserError, match=r"Train/0/9 \(1\)\.bin: it is named like the second download of a recording"):
+        recordings.find("NMNIST", tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize(
     "find", [lambda root: recordings.find("NMNIST", root, root), lambda root: images.find("MNIST", root)]
 )
@@ -74,7 +83,8 @@ def test_the_other_published_split_of_cifar10_dvs(tmp_path):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("cifar10_airplane_950 (2).aedat", r"airplane_2\.aedat and .*950 \(2\)\.aedat have one number"),
+        ("cifar10_airplane_950 (2).aedat", r"950 \(2\)\.aedat: it is named like the second download of a recording"),
+        ("cifar10_airplane_copy_999.aedat", r"airplane_999\.aedat and .*copy_999\.aedat have one number"),
         ("cifar10_airplane_1950.aedat", r"1950\.aedat: its number, which tells the split, is not one of 0 to 999"),
     ],
 )
@@ -87,9 +97,9 @@ def test_a_copy_of_a_test_recording_does_not_train(tmp_path, name, says):
 
 def test_nor_does_one_of_asl_dvs(tmp_path):
     (tmp_path / "a").mkdir()
-    for name in ("a_0002", "a_3400", "a_3400 (2)"):
+    for name in ("a_0002", "a_3400", "a_copy_3400"):
         (tmp_path / "a" / f"{name}.mat").touch()
-    with pytest.raises(UserError, match=r"a_0002\.mat and .*a_3400 \(2\)\.mat have one number"):
+    with pytest.raises(UserError, match=r"a_3400\.mat and .*a_copy_3400\.mat have one number"):
         recordings.find("ASLDVS", tmp_path, tmp_path)
 
 

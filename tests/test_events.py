@@ -256,7 +256,8 @@ def test_a_record_that_is_none_is_made_anew(data, content):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has started the tests with &
 from plif_jax.data import event_cache, events
 event_cache.PART_RECORDINGS, event_cache.ALONE_BYTES = 5, int(sys.argv[3])
 dataset = events.load("NMNIST", sys.argv[1], sys.argv[2], T=4, progress=False)
@@ -282,6 +283,20 @@ def test_a_killed_preparation_goes_on(data):
     out, err = again.communicate(timeout=60)
     assert "sum 6000" in out, err
     assert not list(cache.glob("frames/*.parts")) and not list(cache.rglob("*.partial"))
+
+
+def test_ctrl_c_lets_workers_finish_their_part_even_while_they_start(data):
+    cache = data.parent / "cache"
+    stopped = run_script(data, start_new_session=True)  # the group that a terminal's Ctrl-C reaches
+    while stopped.poll() is None and not list(cache.glob("frames/*.parts")):
+        time.sleep(0.001)
+    time.sleep(0.5)
+    os.killpg(stopped.pid, signal.SIGINT)
+    out, err = stopped.communicate(timeout=120)
+    assert "Stopping once the recordings at work are done" in out
+    assert err.count("Traceback") == 1 and "KeyboardInterrupt" in err, err
+    assert 1 <= len(list(cache.glob("frames/*.parts/*.npy"))) < 8
+    assert "sum 6000" in run_script(data).communicate(timeout=120)[0]
 
 
 def test_a_worker_that_ends_early_is_told(data, parts_of_ten, monkeypatch):

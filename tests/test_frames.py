@@ -108,6 +108,11 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"t": [1.0, np.inf]}, "column t holds fractions"),
         ({"t": ["1", "2"]}, "column t holds <U1"),
         ({"t": [[8], [9]]}, r"column t has shape \[2, 1\]: give one number for each event"),
+        (
+            {"t": np.array([0, 2**63], np.uint64)},
+            r"column t goes from 0 to 9223372036854775808: .* none beyond 2\*\*62",
+        ),
+        ({"t": [1e30, 1e30]}, r"column t goes from 1e\+30 to 1e\+30"),
         ({"x": [0]}, "columns t, x, y, p differ: 2, 1, 2 and 2 values"),
     ],
 )
@@ -116,6 +121,13 @@ def test_bad_events_are_named(change, says):
     for T in (2, 4):  # a frame for each event, or both in the last one
         with pytest.raises(UserError, match=says):
             frames.integrate(events, 24, 32, T)
+
+
+@pytest.mark.parametrize("split_by, normalization", [("time", None), ("number", "frequency"), ("time", "frequency")])
+@pytest.mark.parametrize("t", [[-(2**63), 0], [0, 2**63 - 1]])
+def test_times_whose_difference_no_integer_holds_are_named(t, split_by, normalization):
+    with pytest.raises(UserError, match=r"an event at -?922\d+ us: times are microseconds .* none beyond 2\*\*62"):
+        frames.integrate({"t": t, "x": [0, 1], "y": [0, 1], "p": [0, 1]}, 24, 32, 2, split_by, normalization)
 
 
 @pytest.mark.parametrize(

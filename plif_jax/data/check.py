@@ -52,7 +52,7 @@ def _events(name, data_root, cache_dir):
             raise UserError(NOT_FETCHED.format(name=name + recut, folder=data_root))
     found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
     if found is None:
-        raise UserError(f"no recordings of {name} are in {data_root}.")
+        raise UserError(f"no recordings of {name} are in {data_root}; looked for {recordings.LAYOUTS[name]}.")
     files = {recording.path for recording in found.train + found.test}
     lines = _summary(name, len(found.train), len(found.test), found.expected)
     with storage.reading(found.folder):

@@ -199,7 +199,9 @@ def _run(jobs, done):
         # Plain programs rather than multiprocessing: that would import the caller's script once more in every worker,
         # or fork a process in which JAX runs threads.
         command = [sys.executable, "-P", "-m", "plif_jax.data.event_worker"]  # and not what lies in the user's folder
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_env()) as worker:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # In a group of its own, which Ctrl-C does not reach: it goes on until it is told nothing more.
+        with subprocess.Popen(command, **pipes, env=_env(), process_group=0) as worker:
             while (job := next_job()) is not None:
                 try:
                     worker.stdin.write(json.dumps(job) + "\n")
@@ -222,6 +224,7 @@ def _run(jobs, done):
             list(pool.map(drive_a_worker, range(workers)))
         except BaseException as error:  # Ctrl-C, say: let workers finish the part they are at, and no other
             errors.append(repr(error))
+            tqdm.write("Stopping once the recordings at work are done; the same command goes on from there.")
             raise
     if errors:
         raise UserError(errors[0])

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
 import sys
 
 from plif_jax.data import event_cache
 from plif_jax.errors import UserError
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     for line in sys.stdin:
         error = None

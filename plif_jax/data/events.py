@@ -80,7 +80,7 @@ def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.F
         found = recordings.find(name, data_root, cache_dir, cifar10dvs_split)
         if found:
             return found
-        print(f"{name}: no recordings of it are in {data_root}")
+        print(f"{name}: no recordings of it are in {data_root}; looked for {recordings.LAYOUTS[name]}")
     folder = downloads.fetch(name, cache_dir)
     found = recordings.find(name, folder, cache_dir, cifar10dvs_split)
     if found is None:

@@ -13,6 +13,8 @@ from plif_jax.errors import UserError
 SPLIT_BY = ("number", "time")
 NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
 
+LARGEST = 2**62  # of a number whose difference to another is to be right
+BEYOND = "times are microseconds and coordinates pixels, none beyond 2**62."
 EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
 
 
@@ -64,6 +66,10 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         raise UserError("there are no events: frames need at least one.")
     if not len(t_N) == len(x_N) == len(y_N) == len(p_N):
         raise UserError(f"columns t, x, y, p differ: {len(t_N)}, {len(x_N)}, {len(y_N)} and {len(p_N)} values.")
+    if split_by == "time" or normalization == "frequency":
+        for t in (t_N[0], t_N[-1]):  # a difference of larger ones would not be right
+            if not -LARGEST <= t <= LARGEST:
+                raise UserError(f"an event at {t} us: {BEYOND}")
     edges = _edges_by_number(len(t_N), T) if split_by == "number" else _edges_by_time(t_N, T)
     counts = _count(t_N, x_N, y_N, p_N, edges, height, width)
     if normalization is None:
@@ -107,6 +113,8 @@ def integers(name, column):
         raise UserError(f"column {name} holds {column.dtype}: times and coordinates are whole numbers.")
     if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.trunc(column))).all():
         raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
+    if len(column) and not -LARGEST <= column.min() <= column.max() <= LARGEST:
+        raise UserError(f"column {name} goes from {column.min()} to {column.max()}: {BEYOND}")
     return column.astype(np.int64)
 
 

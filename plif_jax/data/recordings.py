@@ -19,6 +19,12 @@ EXPECTED = {
     "DVS128Gesture": (1176, 288),
     "ASLDVS": (80640, 20160),
 }
+LAYOUTS = {
+    "NMNIST": "Train/<digit>/<number>.bin and Test/..., or Train.zip and Test.zip",
+    "CIFAR10DVS": "<class>/*.aedat, <class>/*.aedat4, <class>.zip, or CIFAR10DVS.zip of such zips",
+    "DVS128Gesture": "DvsGesture/ with trials_to_*.txt, DvsGesture.tar.gz, tonic's ibmGestureTrain and ibmGestureTest",
+    "ASLDVS": "<letter>/<letter>_<number>.mat, or ICCV2019_DVS_dataset.zip",
+}
 FOLDERS = {  # names, without case and punctuation, of folders that hold a data set
     "NMNIST": {"nmnist"},
     "CIFAR10DVS": {"cifar10dvs"},
@@ -141,14 +147,17 @@ def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recordi
     """The recordings in a folder that end in the first of the suffixes that any has, in order of their numbers."""
     files = _shown(folder) if folder and folder.is_dir() else []
     for suffix in suffixes:
-        ours = [file for file in files if file.suffix.lower() == suffix]
+        ours = [file for file in files if file.suffix.lower() == suffix and not file.is_dir()]
+        for file in ours:
+            if re.search(r"\(\d+\)$", file.stem):
+                raise UserError(f"{file}: it is named like the second download of a recording: remove the copy.")
         if ours:
             return [Recording(str(file), label) for file in sorted(ours, key=lambda file: (_number(file), file.name))]
     return []
 
 
 def _nmnist(folder, cache_dir):
-    """Train/<digit>/<number>.bin and Test, or Train.zip and Test.zip."""
+    """N-MNIST, and what is laid out as it is."""
     splits = []
     for split in ("Train", "Test"):
         inside = _inside(folder, split, f"{split}.zip", cache_dir)
@@ -157,7 +166,7 @@ def _nmnist(folder, cache_dir):
 
 
 def _cifar10dvs(folder, cache_dir):
-    """<class>/*.aedat, *.aedat4 or <class>.zip, or tonic's CIFAR10DVS.zip of such zips; not split yet."""
+    """CIFAR10-DVS, not split yet."""
     packed = _child(folder, "CIFAR10DVS.zip")
     if packed is not None and not any(_holds_files(_child(folder, name)) for name in CIFAR10_CLASSES):
         folder = _unwrapped(packed, "CIFAR10DVS", cache_dir)
@@ -168,7 +177,7 @@ def _cifar10dvs(folder, cache_dir):
 
 
 def _dvs128_gesture(folder, cache_dir):
-    """The published DvsGesture folder or archive, tonic's re-cut of it, or a folder of 5-byte files with labels.txt."""
+    """DVS128 Gesture, as published or as tonic has it, or a folder of 5-byte files with labels.txt."""
     original = _inside(folder, "DvsGesture", "DvsGesture.tar.gz", cache_dir) or folder
     if (original / "trials_to_train.txt").is_file():
         splits = [_trials(original, original / f"trials_to_{split}.txt") for split in ("train", "test")]
@@ -246,7 +255,7 @@ def _text(path):
 
 
 def _asldvs(folder, cache_dir):
-    """<letter>/<letter>_<number>.mat, or the published archive of archives; the first 80 % of each letter train."""
+    """ASL-DVS, of whose letters the first 80 % train."""
     packed = _child(folder, "ICCV2019_DVS_dataset.zip") or _child(folder, "ASLDVS.zip")
     if packed is not None and not _holds_files(_child(folder, "a")):
         folder = _unwrapped(packed, "ASLDVS", cache_dir)

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,7 +263,7 @@ class Checkpoints:
 def _steps(folder):
     """The finished checkpoints in a folder, the newest first, those among them for which others are being written."""
     found = {_step(path): path for path in folder.glob(f"{PUT_BY}*")}
-    found |= {_step(path): path for path in folder.glob("*") if path.name.isdecimal()}
+    found |= {_step(path): path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)}
     return [found[step] for step in sorted(found, reverse=True)]
 
 

@@ -72,7 +72,7 @@ def train(config, say=print) -> dict:
         raise
     except OSError as error:  # of logs and pictures; checkpoints say more themselves
         raise UserError(
-            f"{error.filename or config.run_dir} cannot be written: {error.strerror or error}. "
+            f"{error.filename2 or error.filename or config.run_dir} cannot be written: {error.strerror or error}. "
             "Mend that and start again: the run continues from its last checkpoint"
         ) from None
 
