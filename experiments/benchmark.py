@@ -70,7 +70,9 @@ def parser():
     flags.add_argument("-rounds", type=_number, default=7, help="runs of each peer (default 7)")
     flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
     flags.add_argument(
-        "-backends", type=_names(*BACKENDS), default=BACKENDS, help="of SpikingJelly's neuron, on a GPU (default all)"
+        "-backends",
+        type=_names(*BACKENDS),
+        help="of SpikingJelly's neuron, on a GPU (default: its own choice, of neuron torch,cuda,triton)",
     )
     flags.add_argument(
         "-modes", type=_names(*MODES), default=MODES, help="of SpikingJelly in train, infer (default both)"

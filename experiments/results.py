@@ -4,10 +4,11 @@
     python experiments/results.py mnist fashion_mnist cifar10 -data_root DATA -minutes 25     # on a GPU
     python experiments/results.py                                                             # only the page
 
-Each row is a command that trains; when the time is up it is told to stop, saves, and the next call goes on from
-there. Flags of train.py that make no other run, -data_root and -cache_dir say, are passed on. What a row has reached is
-kept in docs/results/ROW.json and its picture beside it, unless more epochs are kept already; RESULTS.md is made from
-these, and from what docs/results/ROW.md says besides. Nothing enters the page that was not run.
+Each row is a command that trains; when its share of the time is up it is told to stop, saves, and the next call goes on
+from there. Flags of train.py that make no other run, -data_root and -cache_dir say, are passed on. What a row has
+reached is kept in docs/results/ROW.json and its picture beside it, unless more epochs are kept already; RESULTS.md is
+made from these, and from what docs/results/ROW.md says of them: a run that takes a row's place removes it. Nothing
+enters the page that was not run.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def keep(name, settings):
         "max_epoch": settings.max_epoch,
     }
     KEPT.mkdir(exist_ok=True)
-    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    _replace(name, kept)
     summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
 
 
@@ -170,8 +171,18 @@ def keep_ablation(runs):
             return print(f"ablation: a table of {before['runs']} runs is kept, this had {len(results)}")
     kept = {"command": _command("ablation"), "table": ablation.told(runs) + "\n", "runs": len(results)}
     kept |= {"seconds": sum(r["seconds"] for r in results)} | {key: results[0][key] for key in HARDWARE}
-    (KEPT / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
+    _replace("ablation", kept)
     ablation.draw(runs, KEPT / "ablation.png")
+
+
+def _replace(name, kept):
+    """Writes a row's figures; what a note said of others goes."""
+    figures, note = KEPT / f"{name}.json", KEPT / f"{name}.md"
+    text = json.dumps(kept, indent=1) + "\n"
+    if note.exists() and not (figures.exists() and figures.read_text() == text):
+        note.unlink()
+        print(f"{name}: {note} spoke of the run before and is gone; git has it, for what still holds")
+    figures.write_text(text)
 
 
 def published():
@@ -221,12 +232,15 @@ def _section(name, what, row, theirs):
     )
     if compare:
         lines.append("| the authors' | " + " | ".join(theirs[row["dataset"]][epoch] for epoch in row["after"]) + " |")
+    # Rows that were run before the figure became the mean over a run have that of its last epoch.
+    mean, of_last = row.get("samples_per_second"), row.get("samples_per_second_in_last_epoch")
+    speed = f"{of_last:.0f} in the last epoch" if mean is None else f"{mean:.0f}"
     taus = ", ".join(f"{layer} {row['tau_before'][layer]:.2f} → {tau:.2f}" for layer, tau in row["tau"].items())
     return (
         f"{head}| {row['protocol']}: best | last | epochs | samples | seconds | training samples/s | hardware |\n"
         "|---|---|---|---|---|---|---|\n"
         f"| {best['test_accuracy']:.2%} (epoch {best['epoch']}) | {last['test_accuracy']:.2%} | {epochs} | {samples} | "
-        f"{row['seconds']:.0f} | {row['samples_per_second']:.0f} | {hardware} |\n\n"
+        f"{row['seconds']:.0f} | {speed} | {hardware} |\n\n"
         + "\n".join(lines)
         + f"\n\ntau: {taus}.\n\n![accuracy and tau over epochs](docs/results/{name}.png)"
     )
@@ -246,7 +260,9 @@ def _hardware(row):
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"any of {', '.join(ROWS)}")
-    parser.add_argument("-minutes", type=float, default=float("inf"), help="wall-clock limit for all rows")
+    parser.add_argument(
+        "-minutes", type=float, default=float("inf"), help="wall-clock limit, of which each row has its share"
+    )
     parser.add_argument("-logs", default="logs/results", help="folder for the runs (default logs/results)")
     given, more = parser.parse_known_args(argv)
     refuse_unknown(more, [*(field.name for field in dataclasses.fields(config.Config)), "minutes", "logs"])
@@ -254,9 +270,10 @@ def main(argv):
     if unknown:
         raise UserError(f"no row is called {unknown[0]}; before all flags give any of {', '.join(ROWS)}")
     deadline = time.monotonic() + 60 * given.minutes
-    for name in given.rows:
-        if time.monotonic() < deadline:
-            run(name, more, given.logs, deadline)
+    for i, name in enumerate(given.rows):
+        left = deadline - time.monotonic()
+        if left > 0:
+            run(name, more, given.logs, time.monotonic() + left / (len(given.rows) - i))
         else:
             print(f"{name}: no time is left for it")
     if not given.rows:

@@ -74,7 +74,7 @@ class Config:
     precision: str = _field("of computation", "float32", choices=("float32", "bfloat16", "float64"))
     data_on_device: str = _field("keep the data set in device memory", "auto", choices=("auto", "yes", "no"))
     steps_per_call: int | None = _field(
-        "training steps per dispatch; 1 on a CPU, 32 otherwise if absent", None, least=1
+        "training steps per dispatch; if absent 1 on a CPU, at most 32 otherwise", None, least=1
     )
     coordinator: str | None = _field("address host:port of process 0, for several processes", None)
     num_processes: int | None = _field("number of processes", None, least=1)

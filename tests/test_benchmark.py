@@ -31,7 +31,7 @@ def test_the_share_of_the_matrix_rate_is_of_work_done():
     bench = SimpleNamespace(tell=told.append)
     # 2 calls of 5 samples, 400 operations in 4 s; the product makes 1000 in 2 s: a fifth of its rate.
     seconds = {"ours": [4.0, 4.0], "matrix product": [2.0, 2.0]}
-    facts = {"ours": {"flops": 400, "samples": 10}, "matrix product": {"flops": 1000}}
+    facts = {"ours": {"flops": 400, "samples": 10, "batch": 5}, "matrix product": {"flops": 1000}}
     suites._tell_share(bench, "case", seconds, facts, ratios.Target(0.45))
     (row,) = told
     assert row["ratio"] == pytest.approx(0.2) and row["met"] is False
@@ -50,7 +50,8 @@ def test_a_row_names_ratio_and_target():
 
 def test_spread_is_zero_on_a_quiet_machine_and_grows():
     assert ratios.spread([1.0]) == ratios.spread([2.0, 2.0, 2.0]) == 0
-    assert ratios.spread([1, 2, 3, 4, 5]) == 0.5
+    assert ratios.spread([1, 2, 3, 4, 5]) == pytest.approx(1 / 3)
+    assert ratios.spread([1, 3]) == 0.25
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import pytest
 
-from bench import jax_work, suites
+from bench import suites
 from bench.fitting import fitting
 from bench.peers import Peer, PeerError, in_turn
 
@@ -212,13 +212,38 @@ def test_the_largest_batch_is_built_once_what_did_not_fit_is_freed():
 
         return run
 
-    run, batch = fitting(make, "largest", jax_work._is_full)
+    run, batch, why = fitting(make, "largest")
     assert (batch, built) == (64, [32, 64, 128, 64]) and isinstance(run(), Array)
+    assert why.startswith("JaxRuntimeError: RESOURCE_EXHAUSTED")
     del run
-    assert fitting(make, 16, jax_work._is_full)[1] == 16
+    assert fitting(make, 16)[1:] == (16, None)
 
     def fail(batch):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
-        fitting(fail, "largest", jax_work._is_full)
+        fitting(fail, "largest")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backends", "found"),
+    [
+        ("neuron", None, ["torch", "cuda", "triton"]),
+        ("train", None, ["auto"]),
+        ("train", ["torch"], ["torch"]),
+        ("neuron", ["auto"], ["auto"]),
+    ],
+)
+def test_of_spikingjellys_neurons_a_network_takes_the_best_unless_told(kind, backends, found):
+    bench = suites.Bench("python", "python", 1, 1, True, backends, print)
+    assert list(bench.spikingjelly({"kind": kind})) == [f"SpikingJelly {name}" for name in found]
+
+
+def test_the_batches_that_fit_are_told(monkeypatch):
+    facts = {name: {"samples": 8 * n, "batch": n, "flops": 1} for name, n in (("ours", 64), ("SpikingJelly m", 32))}
+    seconds = {"ours": [1.0], "SpikingJelly m": [1.0]}
+    monkeypatch.setattr(suites, "_measured", lambda *_, **__: [(seconds, facts)])
+    bench = suites.Bench("python", "python", 1, 1, True, None, lambda line: None)
+    suites.train(bench, names=["MNIST"], batches=["largest"], precisions=["float32"], modes=["multi-step"])
+    (told,) = bench.rows
+    assert told["case"] == "train MNIST batch=64 / 32 float32" and told["ratio"] == 2 and told["target"] is None

@@ -53,6 +53,33 @@ def test_more_epochs_are_kept_rather_than_fewer(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "digits.json").read_text() == kept
 
 
+def test_a_run_that_takes_a_rows_place_removes_what_was_said_of_the_one_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    note = tmp_path / "digits.md"
+    results._replace("digits", {"epochs": 1})
+    note.write_text("it took an hour")
+    results._replace("digits", {"epochs": 1})
+    assert note.exists() and not capsys.readouterr().out
+    results._replace("digits", {"epochs": 2})
+    assert not note.exists()
+    assert "digits.md spoke of the run before and is gone" in capsys.readouterr().out
+    assert json.loads((tmp_path / "digits.json").read_text()) == {"epochs": 2}
+
+
+def test_each_row_has_its_share_of_the_time(monkeypatch):
+    now, shares = 100.0, {}
+
+    def run(name, more, logs, deadline):
+        nonlocal now
+        shares[name] = deadline - now
+        now += 10 if name == "digits" else shares[name]
+
+    monkeypatch.setattr(results.time, "monotonic", lambda: now)
+    monkeypatch.setattr(results, "run", run)
+    results.main(["digits", "mnist", "cifar10", "-minutes", "1"])
+    assert shares == {"digits": 20, "mnist": 25, "cifar10": 25}
+
+
 PROGRAM = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent

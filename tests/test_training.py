@@ -125,11 +125,22 @@ def test_a_long_epoch_is_saved_in_its_middle(whole, tmp_path, monkeypatch):
 def test_a_run_goes_on_with_other_steps_per_call_where_it_was_stopped(monkeypatch):
     for steps, K in [(5, 1), (5, 2), (6, 3), (7, 32)]:
         monkeypatch.setattr(loop, "steps_per_call", lambda config, chosen, K=K: K)
-        run = SimpleNamespace(config=None, devices=None, steps_per_epoch=steps)
-        whole = np.cumsum(loop.Run._call_sizes(run, 0))
+        run = SimpleNamespace(config=SimpleNamespace(steps_per_call=K), devices=None, steps_per_epoch=steps)
+        whole = np.cumsum(loop.Run.call_sizes(run, 0))
         for done in range(steps + 1):
-            ends = done + np.cumsum(loop.Run._call_sizes(run, done))
+            ends = done + np.cumsum(loop.Run.call_sizes(run, done))
             assert ends.tolist() == [end for end in whole if end > done]
+
+
+@pytest.mark.parametrize(
+    "steps, platform, sizes",
+    [(3750, "gpu", {30}), (3125, "gpu", {25}), (73, "gpu", {32, 1}), (5, "gpu", {1}), (73, "cpu", {1})],
+)
+def test_calls_are_alike_where_the_steps_can_be_cut_so(settings, steps, platform, sizes):
+    device = SimpleNamespace(platform=platform)
+    run = SimpleNamespace(config=settings(), devices=[device], steps_per_epoch=steps)
+    found = loop.Run.call_sizes(run, 0)
+    assert set(found) == sizes and sum(found) == steps
 
 
 def test_bfloat16_trains_float32_weights(settings, tmp_path):

@@ -99,7 +99,10 @@ def _chained(spec, f, others=()):
 
     @jax.jit
     def calls(x, g):
-        return lax.fori_loop(0, spec["calls"], lambda _, found: f(x, found[-1]), (jnp.zeros_like(x), *others, g))
+        def call(_, found):  # behind the barrier, or what does not depend on g would leave the loop
+            return f(*lax.optimization_barrier((x, found[-1])))
+
+        return lax.fori_loop(0, spec["calls"], call, (jnp.zeros_like(x), *others, g))
 
     return lambda: jax.block_until_ready(calls(x, g))
 
@@ -153,9 +156,8 @@ def _stepping(train_steps, now, *others):
 
 
 def _train(spec):
-    run, batch = fitting(lambda batch: _stepping(*_step(spec, batch)), spec["batch"], _is_full)
-    samples = spec["calls"] * batch
-    return run, _facts(samples=samples, flops=training_operations(spec["network"]) * samples)
+    found = fitting(lambda batch: _stepping(*_step(spec, batch)), spec["batch"])
+    return _per_sample(spec, found, training_operations(spec["network"]))
 
 
 def _infer(spec):
@@ -168,13 +170,14 @@ def _infer(spec):
         x = step.frames_for(config, jnp.asarray(_samples(config, batch)[0]))
         return _calls(spec, lambda: forward(weights, x))
 
-    run, batch = fitting(make, spec["batch"], _is_full)
+    return _per_sample(spec, fitting(make, spec["batch"]), 2 * multiply_adds(spec["network"]))
+
+
+def _per_sample(spec, found, flops):
+    """What a network's peer runs, and its facts."""
+    run, batch, larger = found
     samples = spec["calls"] * batch
-    return run, _facts(samples=samples, flops=2 * multiply_adds(spec["network"]) * samples)
-
-
-def _is_full(error):
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return run, _facts(samples=samples, flops=flops * samples, batch=batch, larger=larger)
 
 
 def _memory(spec):
@@ -253,9 +256,7 @@ def _bare(training):
 
     config, test = training.config, training.parts["test"]
     index_SB = batches.training_batches(config.seed, 0, training.parts["train"], config.batch_size)
-    K = loop.steps_per_call(config, training.devices)
-    sizes = [K] * (len(index_SB) // K) + [1] * (len(index_SB) % K)
-    steps = list(training.feeds["train"].chunks(index_SB, sizes))
+    steps = list(training.feeds["train"].chunks(index_SB, training.call_sizes(0)))
     evaluate = training.evaluate_batches[training.feeds["test"].axis]
     evaluations = [
         arguments[2:]

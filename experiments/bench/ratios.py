@@ -32,7 +32,7 @@ def spread(seconds):
     """Half the distance between the quartiles over the median: how restless the machine was."""
     if len(seconds) < 2:
         return 0.0
-    low, middle, high = statistics.quantiles(seconds, n=4)
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return (high - low) / 2 / middle
 
 

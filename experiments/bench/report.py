@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from plif_jax.curves import figure
 
 
 def line(row):
     """One row as text."""
     if "reason" in row:
-        return f"{row['case']:<44} {row['against']:<24} not measured: {row['reason']}"
+        return f"{row['case']:<52} {row['against']:<32} not measured: {row['reason']}"
     verdict = "" if row["met"] is None else ("met" if row["met"] else "MISSED")
     return (
-        f"{row['case']:<44} {row['against']:<24} {_figure(row['ours_s'], row):>10} {_figure(row['theirs_s'], row):>10} "
+        f"{row['case']:<52} {row['against']:<32} {_figure(row['ours_s'], row):>10} {_figure(row['theirs_s'], row):>10} "
         f"{row['ratio']:7.2f}  {row['target'] or '':<8} {verdict:<6} {row['rounds']:3d} {row['spread']:5.0%}"
     )
 
@@ -20,10 +22,11 @@ def line(row):
 LEGEND = (
     "ours, theirs: time of a call, of train and infer per sample. ratio: theirs over ours, how many times faster ours\n"
     "is, of the matrix product the share of its rate; but ours over theirs of copy, bare steps and memory, whose rows\n"
-    "'T=b over T=a' tell how many times the memory of T=a is needed at T=b"
+    "'T=b over T=a' tell how many times the memory of T=a is needed at T=b. batch=a / b: ours, theirs, the\n"
+    "largest that fit. n: rounds; ±: half the distance between the quartiles over the median, of the more restless peer"
 )
 HEADER = (
-    f"{'case':<44} {'against':<24} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'n':>3} {'±':>5}"
+    f"{'case':<52} {'against':<32} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'n':>3} {'±':>5}"
 )
 
 
@@ -62,14 +65,17 @@ def chart(rows, machine, peers):
     colors = {None: "tab:gray", True: "tab:green", False: "tab:orange"}
     for y, row in enumerate(rows):
         ax.barh(y, row["ratio"], color=colors[row["met"]], height=0.7)
-        ax.text(row["ratio"] * 1.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7)
+        beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        ax.annotate(f"{row['ratio']:.2f}", (row["ratio"], y), **beside)
         if row["target"]:
             ax.plot(2 * [float(row["target"].split()[1])], [y - 0.4, y + 0.4], color="black", linewidth=2)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", labelsize=8)
     ax.margins(x=0.12, y=0.01)
     ax.set_xlabel("ratio; green: target met, orange: missed, gray: none set; black tick: the target", fontsize=8)

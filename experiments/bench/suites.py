@@ -24,7 +24,7 @@ class Bench:
     rounds: int
     limit: float
     gpu: bool
-    backends: list[str]  # implementations of SpikingJelly's neuron on a GPU
+    backends: list[str] | None  # implementations of SpikingJelly's neuron on a GPU; None: see `spikingjelly`
     say: callable
 
     def __post_init__(self):
@@ -33,10 +33,14 @@ class Bench:
         self.calls = 8 if self.gpu else 1
 
     def spikingjelly(self, spec, label=""):
-        """SpikingJelly's peers for a spec: one on a CPU, one for each implementation of its neuron on a GPU."""
+        """SpikingJelly's peers for a spec: one on a CPU, one for each implementation of its neuron on a GPU.
+
+        Unless told which, each by itself where the neuron is measured, elsewhere the one that SpikingJelly chooses.
+        """
         backends = {"SpikingJelly": {}}
         if self.gpu:
-            backends = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in self.backends}
+            names = self.backends or (("torch", "cuda", "triton") if spec["kind"] == "neuron" else ("auto",))
+            backends = {f"SpikingJelly {name}": {"SJ_PLIF_CUDA_IMPLEMENTATION": name} for name in names}
         return {name + label: self.theirs(spec, env) for name, env in backends.items()}
 
     def theirs(self, spec, environment=()):
@@ -157,7 +161,8 @@ def _tell_rates(bench, case, seconds, facts, targets):
     for n in [n for n in per_sample if n != "ours"]:
         target = targets.get(n.rsplit(" ", 1)[1])
         samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
-        bench.tell(row(case, per_sample, "ours", n, target=target, **samples))
+        found = case.replace("largest", f"{facts['ours']['batch']} / {facts[n]['batch']}")
+        bench.tell(row(found, per_sample, "ours", n, target=target, **samples))
 
 
 def _tell_share(bench, case, seconds, facts, target):
@@ -166,7 +171,8 @@ def _tell_share(bench, case, seconds, facts, target):
     work = {"ours": 1 / samples, "matrix product": flops / samples / facts["matrix product"]["flops"]}
     per_sample = {n: [t * share for t in seconds[n]] for n, share in work.items()}
     rates = {f"flops_per_s_{n.replace(' ', '_')}": flops / samples / statistics.median(per_sample[n]) for n in work}
-    bench.tell(row(case, per_sample, "ours", "matrix product", target=target, **rates))
+    found = case.replace("largest", str(facts["ours"]["batch"]))
+    bench.tell(row(found, per_sample, "ours", "matrix product", target=target, **rates))
 
 
 def train(bench, **what):
@@ -174,10 +180,10 @@ def train(bench, **what):
 
     def targets(name, batch, precision):
         if bench.gpu and batch == 16:
-            return {"multi-step": Target(2.0)}
+            return {"multi-step": Target(2.0)} if precision == "float32" else {}
         if bench.gpu:
-            share = {"matrix product": Target(0.45)} if (name, precision) == ("CIFAR10", "bfloat16") else {}
-            return {"multi-step": Target(1.5), **share}
+            share = {"matrix product": Target(0.45)} if name == "CIFAR10" else {}
+            return {"multi-step": Target(1.5), **share} if precision == "bfloat16" else {}
         # On a CPU the MNIST network alone has targets: the larger ones are one convolution after another.
         return {"multi-step": Target(1.6), "single-step": Target(2.5)} if name in ("MNIST", "FashionMNIST") else {}
 
@@ -186,7 +192,7 @@ def train(bench, **what):
 
 def infer(bench, **what):
     """Forward passes in evaluation mode, as `train`."""
-    _rates(bench, "infer", lambda *_: {"multi-step": Target(1.6)}, **what)
+    _rates(bench, "infer", lambda *_: {} if bench.gpu else {"multi-step": Target(1.6)}, **what)
 
 
 def frames(bench, *, recordings):

@@ -162,8 +162,8 @@ def _network(spec):
         torch.cuda.empty_cache()  # of the trial before
         return _step(spec, batch)
 
-    run, batch = fitting(make, spec["batch"], lambda error: isinstance(error, torch.cuda.OutOfMemoryError))
-    return run, _facts(samples=spec["calls"] * batch)
+    run, batch, larger = fitting(make, spec["batch"])
+    return run, _facts(samples=spec["calls"] * batch, batch=batch, larger=larger)
 
 
 def _memory(spec):

@@ -140,7 +140,7 @@ class Run:
         index_SB = batches.training_batches(self.config.seed, epoch, self.parts["train"], self.config.batch_size)
         first = epoch * self.steps_per_epoch
         done = already = timed_from = int(self.state.step) - first
-        sizes = self._call_sizes(done)
+        sizes = self.call_sizes(done)
         sums, count, pending = np.array(self.progress["sums"]), done, None
         bar = tqdm(
             total=len(index_SB),
@@ -205,9 +205,11 @@ class Run:
         loss, accuracy = sums / max(count, 1)
         return {"loss": loss, "train_accuracy": accuracy}
 
-    def _call_sizes(self, done):
+    def call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
         K = steps_per_call(self.config, self.devices)
+        if self.config.steps_per_call is None:  # alike where that costs few more calls: a rest is another program
+            K = max((k for k in range(-(-K // 2), K + 1) if self.steps_per_epoch % k == 0), default=K)
         rest = self.steps_per_epoch // K * K
         cuts = [*range(0, rest, K), *range(rest, self.steps_per_epoch + 1)]
         # A run that was stopped on other devices, with another K, may be between two cuts.
