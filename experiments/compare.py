@@ -37,7 +37,7 @@ def print_accuracy(ours, theirs):
         if rows:
             print(f"\n{tag:<15}{'ours':>8}{'theirs':>9}{'difference':>12}")
         for epochs, mine, published in rows:
-            print(f"after {epochs:>5}    {mine:>8.2%}{published:>9.2%}{100 * (mine - published):>+12.2f}")
+            print(f"after {epochs:>5}    {mine:>8.2%}{published:>9.2%}{100 * (mine - published):>+z12.2f}")
 
 
 def per_epoch(metrics, tag):
@@ -84,7 +84,7 @@ def draw(ours, theirs, init_tau, name, path):
     ax = accuracy_over_epochs(axes[0, 0], ours)
     for tag, color in (("val_accuracy", COLORS[4]), ("test_accuracy", "black")):
         if tag in theirs:
-            label = f"published {tag.split('_')[0]}"
+            label = f"theirs, {tag.split('_')[0]}"
             epochs, values = zip(*_up_to(last, theirs[tag]), strict=True)
             ax.plot([e + 1 for e in epochs], [100 * v for v in values], label=label, **line(epochs, color, thin=True))
     ax.legend()
@@ -93,7 +93,7 @@ def draw(ours, theirs, init_tau, name, path):
         for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
             ax.plot([e + 1 for e in epochs], tau_of(w), "--", **line(epochs, color, thin=True))
-        ax.set_title("dashed, hollow: published", fontsize="medium")
+        ax.set_title("dashed, hollow: theirs", fontsize="medium")
     run_title(fig, name)
     fig.savefig(path, dpi=120)
 
@@ -111,14 +111,14 @@ def main(argv):
     except OSError:
         raise UserError(f"{flags.run} is not the folder of a run: it has no config.json") from None
     published = reference.load(flags.reference, config)
-    print(f"ours   {flags.run.name}\ntheirs {published.run_name}")
+    print(f"ours   {config.run_name}\ntheirs {published.run_name}")
     for difference in [*published.differences, *parts_used(flags.run, config)]:
         print(f"mind:  {difference}")
     if not reference.differences_at(ours["test_accuracy"], published.metrics.get("test_accuracy", ())):
         print("mind:  no epoch has a test accuracy both here and there: there is nothing to compare")
     print_accuracy(ours, published.metrics)
     print_w(ours, published.metrics)
-    draw(ours, published.metrics, config.init_tau, flags.run.name, flags.run / "compare.png")
+    draw(ours, published.metrics, config.init_tau, config.run_name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 
 

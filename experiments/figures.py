@@ -22,6 +22,7 @@ from plif_jax.config import Parser
 from plif_jax.curves import figure, summary
 from plif_jax.data import batches
 from plif_jax.errors import UserError
+from plif_jax.training import report
 from plif_jax.training.checkpoint import load_network
 from plif_jax.training.evaluation import evaluate
 from plif_jax.training.logs import read_metrics
@@ -40,17 +41,21 @@ def draw_neurons(net, folder):
     x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 2.5), np.zeros(10)])
     alike = {}  # layers whose tau reads the same
     for name, layer in net.named_neurons().items():
-        alike.setdefault(f"{float(layer.tau):.2f}", {})[name] = layer
+        tau = report.tau(layer)
+        label = type(layer).__name__ if tau is None else f"tau = {tau:.2f}"
+        if plots.is_single(layer):
+            alike.setdefault(label, {})[name] = layer
     some = {f"tau = {tau:g}": neurons.LIF(tau) for tau in (1.25, 2.0, 4.0, 16.0)}
     own = {
-        textwrap.fill(f"tau = {tau}: {', '.join(layers)}", 24): next(iter(layers.values()))
-        for tau, layers in alike.items()
+        textwrap.fill(f"{label}: {', '.join(layers)}", 24): next(iter(layers.values()))
+        for label, layers in alike.items()
     }
     fig, (current, above, below) = figure(3, width=9, height=8, sharex=True, height_ratios=[1, 3, 3])
     current.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
     current.set_ylabel("current x")
     plots.neuron_response(above, x, some).set_xlabel("")
-    plots.neuron_response(below, x, own).set_title("time constants of this network", fontsize="medium")
+    if own:
+        plots.neuron_response(below, x, own).set_title("time constants of this network", fontsize="medium")
     save(fig, folder / "neuron.png")
     some = {"ATan (the paper's)": surrogate.ATan()}
     some |= {kind.__name__: kind() for kind in (surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Erf)}
@@ -142,7 +147,7 @@ def main(argv):
     label, guess = (names[int(i)] for i in (part.split.y[index[0]], nnx.jit(net)(one)[0].argmax()))
     print(f"sample {flags.sample} of {len(part)}: class {label}, taken for {guess}")
 
-    summary(read_metrics(flags.run), folder / "training.png", flags.run.name, config.init_tau)
+    summary(read_metrics(flags.run), folder / "training.png", config.run_name, config.init_tau)
     print(folder / "training.png")
     draw_neurons(net, folder)
     draw_input(config, x, stored, folder, f"sample {flags.sample}: {label}, taken for {guess}")

@@ -234,7 +234,7 @@ def _section(name, what, row, theirs):
         lines.append("| the authors' | " + " | ".join(theirs[row["dataset"]][epoch] for epoch in row["after"]) + " |")
     # Rows that were run before the figure became the mean over a run have that of its last epoch.
     mean, of_last = row.get("samples_per_second"), row.get("samples_per_second_in_last_epoch")
-    speed = f"{of_last:.0f} in the last epoch" if mean is None else f"{mean:.0f}"
+    speed = f"{of_last:.0f} in the last epoch" if of_last is not None else "-" if mean is None else f"{mean:.0f}"
     taus = ", ".join(f"{layer} {row['tau_before'][layer]:.2f} → {tau:.2f}" for layer, tau in row["tau"].items())
     return (
         f"{head}| {row['protocol']}: best | last | epochs | samples | seconds | training samples/s | hardware |\n"

@@ -240,9 +240,11 @@ def _convert(field, text):
             raise UserError(f"-{field.name} {text}: {field.name} is a switch; give nothing, true or false")
         return text.lower() == "true"
     try:
+        if "_" in text and kind in (int, float):  # Python would take 1_0 for 10
+            raise ValueError
         return kind(text)
     except ValueError:
-        raise UserError(f"-{field.name} {text}: {field.name} is {WORDS[kind]}") from None
+        raise UserError(f"-{field.name} {text or 'without a value'}: {field.name} is {WORDS[kind]}") from None
 
 
 def refuse_unknown(argv: list[str], flags):

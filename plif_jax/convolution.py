@@ -34,8 +34,7 @@ def conv3x3(x, kernel):
     return _conv3x3(*vary_alike(x, kernel))
 
 
-@jax.custom_vjp
-def _conv3x3(x, kernel):
+def _convolved(x, kernel):
     if x.shape[-1] <= PATCH_CHANNELS:
         return lax.platform_dependent(x, kernel, cuda=_by_patches, default=_direct)
     if not (_can_be_cut(x) and suits_winograd(x.shape[1:], kernel.shape[-1], x.dtype)):
@@ -43,8 +42,12 @@ def _conv3x3(x, kernel):
     return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
 
 
+_conv3x3 = jax.custom_vjp(_convolved)
+
+
 def _forward(x, kernel):
-    return _conv3x3(x, kernel), (x, kernel)
+    # Not `_conv3x3`: differentiated twice within a `lax.map`, JAX gives the gradient an x without its axes then.
+    return _convolved(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):

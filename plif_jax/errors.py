@@ -18,7 +18,8 @@ class UserError(ValueError):
 
 
 def nearest(given: str, allowed) -> str | None:
-    """The allowed name that a misspelt one is nearest to, whatever the case; None where none is near."""
+    """The allowed name that a short or misspelt one is nearest to, whatever the case; None where none is near."""
     names = {name.lower(): name for name in allowed}
-    near = difflib.get_close_matches(given.lower(), names, 1)
+    begun = sorted((name for name in names if given and name.startswith(given.lower())), key=len)
+    near = begun or difflib.get_close_matches(given.lower(), names, 1)
     return names[near[0]] if near else None

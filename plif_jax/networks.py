@@ -184,8 +184,8 @@ class SpikingNet(nnx.Module):
 
     Raises:
       UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
-        pooled; the table lacks a part or has another, has a neuron in static_conv, or does not end in a group of
-        neurons for each class.
+        pooled; the table lacks a part or has another, has a neuron in static_conv or within another layer, or does not
+        end in a group of neurons for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -211,6 +211,10 @@ class SpikingNet(nnx.Module):
             raise UserError(
                 f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
             )
+        if dtype is not None and not _floating(dtype):
+            raise UserError(
+                f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
+            )
         if set(table) != set(self.PARTS):
             raise UserError(
                 f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"
@@ -224,6 +228,9 @@ class SpikingNet(nnx.Module):
                 layer, shape = build(self, shape, rngs)
                 if part == "static_conv" and isinstance(layer, neurons.Neuron):
                     raise UserError("a neuron in static_conv, where it would see a still image once; put it in conv")
+                if not isinstance(layer, neurons.Neuron) and _holds_a_neuron(layer):
+                    kind = type(layer).__name__
+                    raise UserError(f"a {kind} holds neurons, whose membranes no state would carry; list its layers")
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
         outputs = vector("the vote", shape)
@@ -259,6 +266,10 @@ class SpikingNet(nnx.Module):
     def _run(self, state, x, rngs, observe):
         """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
         x, still = self._as_frames(jnp.asarray(x))
+        if state is not None and not isinstance(state, tuple | list):
+            raise UserError(
+                f"state is a {type(state).__name__}; give the tuple of membranes that a call returned, or None"
+            )
         if state is not None and len(state) != len(self.named_neurons()):
             raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
         before = None if state is None else iter(state)
@@ -295,6 +306,8 @@ class SpikingNet(nnx.Module):
             H, W, C = self.shape
             image = f"images [B, {H}, {W}, {C}] or " if self.static_conv else ""
             raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
+        if jnp.iscomplexobj(x):
+            raise UserError(f"input of type {x.dtype}; give real numbers")
         if any(jax.typeof(x).sharding.spec):  # explicit axes; of others no type tells
             raise UserError(f"x is {jax.typeof(x)}, sharded by explicit axes; wrap the step in jax.sharding.auto_axes")
         x = x.astype(self.dtype or jnp.result_type(float))
@@ -310,6 +323,19 @@ class SpikingNet(nnx.Module):
         if x.ndim == 5 and len(x) == 0:
             raise UserError(f"x of shape {x.shape} has no timestep, in which nothing can fire; give at least one")
         return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
+
+
+def _floating(dtype):
+    """Whether it is a floating-point type."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+def _holds_a_neuron(layer):
+    """Whether one is somewhere within a layer."""
+    return any(isinstance(node, neurons.Neuron) for _, node in nnx.iter_graph(layer))
 
 
 def _whole(n):

@@ -134,6 +134,8 @@ def _currents(x):
     x = jnp.asarray(x)
     if x.ndim == 0:
         raise UserError("currents are one number; give [T, ...], the first axis the timesteps")
+    if jnp.iscomplexobj(x):
+        raise UserError(f"currents are of type {x.dtype}; give real numbers")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 

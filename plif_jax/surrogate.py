@@ -47,6 +47,11 @@ def _backward(graphdef, residuals, g):
 _spike.defvjp(_forward, _backward)
 
 
+def _finite(alpha):
+    """Whether it is a finite real number."""
+    return np.asarray(alpha).dtype.kind in "iufV" and math.isfinite(alpha)  # V: bfloat16
+
+
 class Surrogate(nnx.Module):
     """Base of the spike functions: s = 1 where x >= 0, else 0; ds/dx := g'(x).
 
@@ -58,12 +63,14 @@ class Surrogate(nnx.Module):
       param_dtype: of alpha where it is a parameter.
 
     Raises:
-      UserError: alpha is not one number.
+      UserError: alpha is not one finite number.
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
         if np.ndim(alpha):
             raise UserError(f"alpha has shape {np.shape(alpha)}; a surrogate has one alpha for its whole layer")
+        if not isinstance(alpha, jax.core.Tracer) and not _finite(alpha):
+            raise UserError(f"alpha is {alpha!r}; a surrogate's steepness is a finite number")
         self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else alpha
 
     def primitive(self, x):

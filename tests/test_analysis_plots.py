@@ -170,6 +170,38 @@ def test_confusion_matrix_shows_shares_of_each_class(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
 
 
+class PerChannel(neurons.IF):
+    def __init__(self):
+        super().__init__(v_threshold=np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("draw", "says"),
+    [
+        (lambda ax: plots.neuron_response(ax, np.ones((4, 2)), {"IF": neurons.IF()}), r"\(4, 2\); give \[T\]"),
+        (lambda ax: plots.neuron_response(ax, np.ones(4), {}), "there are no neurons to draw"),
+        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel()}), "a has values for several neurons"),
+        (lambda ax: plots.raster(ax, np.ones((4, 2, 3))), r"spikes of shape \(4, 2, 3\); give \[T, N\]"),
+        (lambda ax: plots.spike_maps(ax, np.ones((4, 2))), r"spikes of shape \(4, 2\); give \[T, H, W, C\]"),
+        (lambda ax: plots.confusion_matrix(ax, np.ones((2, 2)), ["a"]), r"\(2, 2\) for 1 classes"),
+        (lambda ax: plots.confusion_matrix(ax, np.ones(2)), r"counts of shape \(2,\); give \[label, prediction\]"),
+        (lambda ax: plots.save_gif(np.ones((0, 4, 4, 2)), "a.gif"), r"frames of shape \(0, 4, 4, 2\); .*one entry"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(ax, draw, says):
+    with pytest.raises(UserError, match=says):
+        draw(ax)
+
+
+def test_a_current_may_have_the_axis_of_its_neuron(ax):
+    plots.neuron_response(ax, np.full((6, 1), 0.6), {"IF": neurons.IF()})
+    assert drawn(ax) == ["IF, spikes: 3"]
+
+
+def test_of_no_samples_no_accuracy_is_told(ax):
+    assert plots.confusion_matrix(ax, np.zeros((2, 2))).get_title() == "no samples"
+
+
 @pytest.mark.parametrize(("others", "said"), [(199, "<1"), (134, "1")])  # half a percent, and 0.74
 def test_a_confusion_that_happened_is_never_called_zero(ax, others, said):
     plots.confusion_matrix(ax, [[others, 1], [0, 1]])

@@ -213,6 +213,13 @@ def test_operations_are_counted_exactly(dtype):
     assert counted.dense == reached and counted.accumulates == 2 * reached
 
 
+def test_operations_of_a_layer_that_is_not_known_are_refused():
+    fc = [lambda *_: (nnx.LinearGeneral(2, 2, rngs=nnx.Rngs(0)), (1, 1, 2)), networks.flatten, networks.neuron]
+    net = networks.SpikingNet({"static_conv": [], "conv": [], "fc": fc}, (1, 1, 2), 2, T=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"fc\.0 is a LinearGeneral, whose operations nobody here can count"):
+        operations.count(net, jnp.ones((2, 1, 1, 1, 2)))
+
+
 def test_an_array_on_the_host_is_recorded_in_parts(net, frames, monkeypatch):
     record, parts = recording._record, []
     monkeypatch.setattr(recording, "_record", lambda *a: parts.append(a[2].shape[1]) or record(*a))

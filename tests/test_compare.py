@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -166,6 +167,18 @@ def test_another_test_set_or_fewer_tests_are_told():
         "cifar10dvs_split is tebn, theirs paper",
         "eval_every is 50, theirs 1",
     ]
+
+
+def test_of_a_run_of_this_program_the_settings_are_known(run):
+    ours = Config.of_run(run)
+    write_csv(run, ours.run_name, "test_accuracy", ACCURACY)
+    theirs = dataclasses.replace(ours, learning_rate=0.003, seed=1)
+    assert reference.load(run.parent, theirs).differences == [
+        "learning_rate is 0.003, theirs 0.001",
+        f"seed is 1, theirs {ours.seed}",
+    ]
+    (run / "config.json").write_text(theirs.to_json())
+    assert reference.load(run.parent, theirs).differences == []
 
 
 def test_curves_are_found_from_within_their_folder(published, monkeypatch):

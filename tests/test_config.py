@@ -133,6 +133,10 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
     [
         ("-inti_tau 3", "unknown argument -inti_tau; did you mean -init_tau?"),
         ("-use_pilf", "did you mean -use_plif?"),
+        ("-max 3", "unknown argument -max; did you mean -max_epoch?"),
+        ("-T 1_0", "-T 1_0: T is a whole number"),
+        ("-init_tau 1_6.0", "-init_tau 1_6.0: init_tau is a number"),
+        ("-T=", "-T without a value: T is a whole number"),
         ("-dataset_name NMNIST -init 16", "unknown argument -init; did you mean -init_tau?"),
         ("-dataset_name NMNIST --max=5", "unknown argument --max=5; "),
         ("-dataset_name NMNIST -T_mx 5", "unknown argument -T_mx; did you mean -T_max?"),

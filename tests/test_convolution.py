@@ -33,6 +33,25 @@ def test_a_convolution_and_its_gradients_are_xlas(shape, x64):
         np.testing.assert_allclose(ours, xlas, atol=1e-13 * np.abs(xlas).max())
 
 
+# Of few channels, by Winograd's algorithm, and neither.
+@pytest.mark.parametrize("shape", [(3, 6, 6, 2, 3), (3, 8, 8, 32, 32), (3, 6, 6, 5, 4)])
+@pytest.mark.parametrize("within", [lambda f: f, lambda f: lambda x, k: jax.lax.map(lambda one: f(one[None], k)[0], x)])
+def test_a_convolution_is_differentiated_twice_also_within_a_loop(shape, within, x64):
+    def of_gradients(convolve):
+        def loss(x, kernel):
+            return jnp.sin(within(convolve)(x, kernel)).sum()
+
+        def of_first(x, kernel):
+            return sum((bar**2).sum() for bar in jax.grad(loss, (0, 1))(x, kernel))
+
+        x, kernel, _ = operands(*shape)
+        return jax.jit(jax.grad(of_first, (0, 1)))(x, kernel)
+
+    for ours, xlas in zip(of_gradients(convolution.conv3x3), of_gradients(direct), strict=True):
+        np.testing.assert_allclose(ours, xlas, atol=1e-11 * np.abs(xlas).max())
+        assert np.abs(xlas).max() > 0
+
+
 # A frame's two channels, which are 18 values to a patch; an image's; odd sizes.
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 9, 7, 2, 33), (3, 8, 8, 3, 16), (2, 6, 6, 1, 8)])

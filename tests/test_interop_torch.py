@@ -60,6 +60,18 @@ def test_what_a_neuron_of_ones_own_learns_travels_too():
     np.testing.assert_array_equal(other.fc[1].theta[...], np.linspace(0.5, 1.5, 4, dtype=np.float32) + 1)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: nnx.BatchNorm(2, rngs=nnx.Rngs(0)), lambda: nnx.List([nnx.Param(jnp.ones(2))])]
+)
+def test_weights_of_a_layer_that_is_not_known_are_not_lost(make):
+    fc = [lambda *_: (make(), (1, 2, 2)), networks.flatten, networks.neuron]
+    table = {"static_conv": [], "conv": [], "fc": fc}
+    net = networks.SpikingNet(table, (1, 2, 2), 4, T=2, rngs=nnx.Rngs(0))
+    for export in (torch_interop.state_dict, lambda net: torch_interop.load_state_dict(net, {"fc.2.w": 0.0})):
+        with pytest.raises(UserError, match=r"fc\.0 is a (BatchNorm|List), whose weights have no form in PyTorch"):
+            export(net)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_what_each_neuron_of_maps_has_goes_channel_first(flat):
     """Of maps and of these flattened, where batch norm has values for each of them too."""

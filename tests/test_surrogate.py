@@ -100,6 +100,9 @@ def test_a_plain_number_fires_and_has_a_gradient(x64):
 
 
 def test_alpha_is_one_number():
+    for alpha in ("2", None, float("nan"), 2 + 1j, jnp.inf):
+        with pytest.raises(UserError, match=r"alpha is .*; a surrogate's steepness is a finite number"):
+            surrogate.ATan(alpha)
     with pytest.raises(UserError, match=r"alpha has shape \(3,\); a surrogate has one alpha"):
         surrogate.ATan(jnp.full(3, 2.0), learnable=True)
 

@@ -18,6 +18,9 @@ import numpy as np
 from flax import nnx
 
 from plif_jax.analysis.recording import evaluate
+from plif_jax.errors import UserError
+from plif_jax.layers import BatchNorm
+from plif_jax.neurons import Neuron
 
 # Energy of one operation in picojoules, 45 nm CMOS, 32-bit floating point: an addition 0.9, a multiplication 3.7
 # (Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014).
@@ -43,7 +46,14 @@ def count(net, x) -> dict[str, LayerOperations]:
 
     Returns:
       {layer name: LayerOperations} in the order of the layers.
+
+    Raises:
+      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron.
     """
+    for name, layer in net.named_layers().items():
+        known = isinstance(layer, nnx.Conv | nnx.Linear | nnx.BatchNorm | BatchNorm | Neuron)
+        if not known and any(isinstance(node, nnx.Param) for _, node in nnx.iter_graph(layer)):
+            raise UserError(f"{name} is a {type(layer).__name__}, whose operations nobody here can count")
     graphdef, state = nnx.split(net)
     shapes = {}
 

@@ -6,15 +6,32 @@ The curves of a run are in `plif_jax.curves`; make figures with `plif_jax.curves
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from plif_jax.analysis.recording import LayerRecord, charge_fire_reset
 from plif_jax.curves import COLORS, event_colors, full_strength, shades
+from plif_jax.errors import UserError
 from plif_jax.neurons import Neuron
 from plif_jax.surrogate import Surrogate
+
+
+def _array(what, array, axes):
+    """An array as NumPy's, with the axes that `axes` names."""
+    array = np.asarray(array)
+    if array.ndim != len(axes.split(", ")) or 0 in array.shape[:1]:
+        raise UserError(f"{what} of shape {array.shape}; give [{axes}], one entry at least")
+    return array
+
+
+def is_single(neuron: Neuron) -> bool:
+    """Whether all that a neuron has are single numbers, none for each channel say: one alone can be drawn then."""
+    potentials = (neuron.v_threshold, 0.0 if neuron.v_reset is None else neuron.v_reset)
+    return all(np.size(jnp.asarray(leaf)) == 1 for leaf in (*potentials, *jax.tree.leaves(nnx.state(neuron))))
 
 
 def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
@@ -23,12 +40,20 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     The membrane charges to h; where that reaches the threshold the neuron fires and the line falls to v, the reset.
 
     Args:
-      currents: x [T].
+      currents: x [T], or [T, 1].
       neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
+
+    Raises:
+      UserError: currents of another shape, no neurons, or one with several numbers where one alone has one.
     """
-    x = jnp.asarray(currents, float)
+    x = np.asarray(currents, float)
+    x = jnp.asarray(_array("currents", x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x, "T"), float)
+    if not neurons:
+        raise UserError("there are no neurons to draw; give {label: neuron}")
+    if many := [label for label, neuron in neurons.items() if not is_single(neuron)]:
+        raise UserError(f"{many[0]} has values for several neurons; this draws neurons that have one number of each")
     timesteps = np.arange(1, len(x) + 1)
-    thresholds = sorted({float(jnp.asarray(neuron.v_threshold)) for neuron in neurons.values()})
+    thresholds = sorted({float(jnp.asarray(neuron.v_threshold).reshape(())) for neuron in neurons.values()})
     for threshold in thresholds:
         ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
         ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
@@ -75,7 +100,7 @@ def _surrogate_lines(ax, x, functions, ylabel):
 
 def raster(ax, spikes_TN, title="", ylabel="neuron"):
     """A tick for every spike: time to the right, neurons upward in the order given."""
-    spikes_TN = np.asarray(spikes_TN)
+    spikes_TN = _array("spikes", spikes_TN, "T, N")
     T, N = spikes_TN.shape
     times = [np.flatnonzero(train) + 1 for train in spikes_TN.T]
     if N:  # none where only rates were recorded
@@ -120,7 +145,7 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
       spikes_THWC: of one sample.
       channels: the eight that spike most if None.
     """
-    spikes_THWC = np.asarray(spikes_THWC, np.float32)
+    spikes_THWC = _array("spikes", spikes_THWC, "T, H, W, C").astype(np.float32)
     T, H, W, _ = spikes_THWC.shape
     if channels is None:
         channels = np.sort(np.argsort(-spikes_THWC.sum((0, 1, 2)), kind="stable")[:8])
@@ -144,7 +169,8 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     for t in range(T):
         row, column = divmod(t, columns)
         at = (column * (W + gap) + 0.03 * W, row * (H + gap) + 0.03 * H)
-        ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small")
+        behind = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+        ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small", bbox=behind)
     ax.set(xticks=[], yticks=[])
     full = full_strength(np.asarray(frames_THW2, np.float32))
     ax.set_xlabel(f"events: blue darker, orange brighter, black both; full colour from {full:.3g} in a pixel and frame")
@@ -153,7 +179,7 @@ def event_frames(ax, frames_THW2, columns: int = 5):
 
 def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100, height: int = 256):
     """Writes a recording's frames [T, H, W, 2] as an animation of about `height` pixels that repeats forever."""
-    pictures = (255 * event_colors(frames_THW2)).astype(np.uint8)
+    pictures = (255 * event_colors(_array("frames", frames_THW2, "T, H, W, 2"))).astype(np.uint8)
     scale = max(1, height // pictures.shape[1])
     first, *rest = [Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)) for picture in pictures]
     first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
@@ -161,7 +187,10 @@ def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100, height: int
 
 def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
     """Share of each class's samples given each class, in percent, from counts [label, prediction]."""
-    counts = np.asarray(counts)
+    counts = _array("counts", counts, "label, prediction")
+    names = list(map(str, range(len(counts)) if names is None else names))
+    if counts.shape != (len(names), len(names)):
+        raise UserError(f"counts of shape {counts.shape} for {len(names)} classes; give a row and a column for each")
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
     for label, prediction in np.ndindex(*share.shape):
@@ -170,9 +199,9 @@ def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
             percent = f"{share[label, prediction]:.0f}"
             text = "<1" if percent == "0" else percent
             ax.text(prediction, label, text, color=color, ha="center", va="center", fontsize="small")
-    names = list(map(str, range(len(counts)) if names is None else names))
     ax.set_xticks(range(len(counts)), names, rotation=90 if max(map(len, names)) > 2 else 0)
     ax.set_yticks(range(len(counts)), names)
-    ax.set(xlabel="predicted class", ylabel="class", title=f"accuracy {np.trace(counts) / counts.sum():.2%}")
+    title = f"accuracy {np.trace(counts) / counts.sum():.2%}" if counts.any() else "no samples"
+    ax.set(xlabel="predicted class", ylabel="class", title=title)
     ax.figure.colorbar(image, ax=ax, label="of the class's samples (%)")
     return ax

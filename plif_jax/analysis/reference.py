@@ -27,7 +27,7 @@ RUN_NAME = re.compile(
 )
 # A curve whose run differs in one of these says nothing about ours; differing in others it is shown with a warning.
 MUST_AGREE = ("dataset_name", "val_ratio", "use_plif", "init_tau", "use_max_pool")
-# Settings that the name of a run does not tell; the published runs have the defaults.
+# Settings that the name of a run does not tell; the published runs have the defaults, ours beside them in config.json.
 UNNAMED = (
     *("batch_size", "learning_rate", "T_max", "alpha_learnable", "train_samples", "test_samples", "precision"),
     *("cifar10dvs_split", "eval_every"),
@@ -59,7 +59,7 @@ def load(folder: str | Path, config: Config) -> Reference:
     for name in sorted(runs):
         theirs = settings_of(name)
         if all(theirs[setting] == ours[setting] for setting in MUST_AGREE):
-            candidates[name] = differences(config, name)
+            candidates[name] = differences(config, name, _config_beside(runs[name]))
     if not candidates:
         raise UserError(f"{folder} holds no curves of a run like {config.run_name}; {_choice(runs, config)}")
     name = min(candidates, key=lambda name: len(candidates[name]))
@@ -69,12 +69,25 @@ def load(folder: str | Path, config: Config) -> Reference:
     return Reference(name, candidates[name], read(runs[name]))
 
 
-def differences(config: Config, run_name: str) -> list[str]:
-    """What differs between a run and a published one, as "T is 10, theirs 20"; also what the name does not tell."""
+def differences(config: Config, run_name: str, theirs: Config | None = None) -> list[str]:
+    """What differs between a run and another, as "T is 10, theirs 20"; also what the name does not tell.
+
+    `theirs` are the other's settings where they are known.
+    """
+    unnamed = UNNAMED if theirs is None else (*UNNAMED, "seed")
+    others = {f.name: f.default if theirs is None else getattr(theirs, f.name) for f in dataclasses.fields(Config)}
     ours, theirs = settings_of(config.run_name), settings_of(run_name)
-    ours |= {s: getattr(config, s) for s in UNNAMED}
-    theirs |= {field.name: field.default for field in dataclasses.fields(Config) if field.name in UNNAMED}
+    ours |= {s: getattr(config, s) for s in unnamed}
+    theirs |= {s: others[s] for s in unnamed}
     return [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]
+
+
+def _config_beside(paths):
+    """The settings of a run of this program, which lie beside its event files; None of others."""
+    try:
+        return Config.of_run(paths[0].parent)
+    except (OSError, UserError):
+        return None
 
 
 def parts_used(samples, dataset_name) -> list[str]:

@@ -13,6 +13,7 @@ from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
 from plif_jax.interop.torch import conv_to_torch, linear_to_torch
+from plif_jax.layers import BatchNorm, Dropout
 from plif_jax.networks import Flatten, Pool
 
 # SpikingJelly's and snnTorch's default step in seconds; snnTorch takes no other.
@@ -33,16 +34,17 @@ def to_nir(net, dt=DT):
         raise UserError(f"dt is {dt}; a timestep takes more than 0 seconds, {DT} for most simulators")
     nodes = {"input": nir.Input({"input": np.array(channels_first(net.shape))})}
     shape, flattened, fed_spikes = tuple(net.shape), None, False
-    for name, layer in fold(net).named_layers().items():
+    kept = [name for name, layer in net.named_layers().items() if not isinstance(layer, BatchNorm | Dropout)]
+    for called, (name, layer) in zip(kept, fold(net).named_layers().items(), strict=True):
         name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
         if isinstance(layer, neurons.Neuron):
-            nodes[name] = _neuron_to_nir(name, layer, partial(_of_each, shape, flattened), dt)
+            nodes[name] = _neuron_to_nir(called, layer, partial(_of_each, shape, flattened), dt)
         elif isinstance(layer, nnx.Conv):
-            nodes[name] = _conv_to_nir(name, layer, shape)
+            nodes[name] = _conv_to_nir(called, layer, shape)
         elif isinstance(layer, nnx.Linear):
             if len(shape) == 3:
                 raise UserError(
-                    f"{name} is a linear layer over the channels of maps; NIR's take vectors: flatten first"
+                    f"{called} is a linear layer over the channels of maps; NIR's take vectors: flatten first"
                 )
             nodes[name] = _linear_to_nir(layer, flattened)
             flattened = None
@@ -54,10 +56,10 @@ def to_nir(net, dt=DT):
             nodes[name] = nir.AvgPool2d(*(np.array(pair) for pair in ((2, 2), (2, 2), (0, 0))))
             if layer.use_max:
                 if not fed_spikes:
-                    raise UserError(f"{name} takes the maximum of values that are not spikes; NIR has no max pooling")
+                    raise UserError(f"{called} takes the maximum of values that are not spikes; NIR has no max pooling")
                 nodes[f"{name}_any"] = _any_spike(partial(_of_each, shape_after(layer, shape), None), dt)
         else:
-            raise UserError(f"{name} is a {type(layer).__name__}, which NIR has no node for")
+            raise UserError(f"{called} is a {type(layer).__name__}, which NIR has no node for")
         # Where any of four spikes counts, so does any of sixteen; an average is no longer a spike.
         fed_spikes = isinstance(layer, neurons.Neuron) or (fed_spikes and isinstance(layer, Pool) and layer.use_max)
         shape = shape_after(layer, shape)

@@ -4,6 +4,7 @@ PyTorch keeps convolutions as OIHW and linear layers as out x in, and flattens f
 are HWIO, in x out, and channel last. PyTorch itself is not needed for this module.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from math import prod
 
@@ -93,6 +94,8 @@ def _entries(net):
             yield f"{name}.weight", layer.kernel, there, back
             yield from _bias(name, layer)
             flat_shape = None
+        elif any(isinstance(node, nnx.Param | nnx.BatchStat) for _, node in nnx.iter_graph(layer)):
+            raise UserError(f"{name} is a {type(layer).__name__}, whose weights have no form in PyTorch here")
 
 
 def _bias(name, layer):
@@ -114,13 +117,28 @@ def _counter_names(names):
     return [name.replace("running_var", "num_batches_tracked") for name in names if name.endswith("running_var")]
 
 
+def _weights(name, array):
+    """An array of real numbers as NumPy's."""
+    try:
+        array = np.asarray(array)
+    except (TypeError, RuntimeError) as error:  # PyTorch's tensors that want a gradient, or lie on a GPU
+        raise UserError(f"{name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}") from None
+    if array.dtype.kind not in "biu" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name} holds {array.dtype}; weights are real numbers")
+    return array
+
+
 def _some(names):
     """The first ten of many names; a file may have any number."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def state_dict(net):
-    """The network's weights and running statistics as {name in the authors' program: NumPy array}."""
+    """The network's weights and running statistics as {name in the authors' program: NumPy array}.
+
+    Raises:
+      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron.
+    """
     arrays = {}
     for name, variable, to_torch, _ in _entries(net):
         arrays[name] = np.array(to_torch(np.asarray(variable[...])), order="C")  # a copy, which may be changed
@@ -133,8 +151,10 @@ def load_state_dict(net, arrays):
     """Sets the network's weights and running statistics, in place, from {name in the authors' program: array}.
 
     Raises:
-      UserError: a name is missing or unknown, or a shape differs; nothing is changed then.
+      UserError: a name is missing or unknown, a shape differs, or as `state_dict`; nothing is changed then.
     """
+    if not isinstance(arrays, Mapping):
+        raise UserError(f"weights are a {type(arrays).__name__}; give a mapping from names to arrays")
     entries = list(_entries(net))
     names = [name for name, *_ in entries]
     missing = [name for name in names if name not in arrays]
@@ -145,7 +165,7 @@ def load_state_dict(net, arrays):
         raise UserError(f"these weights are not of this {type(net).__name__}; {'; '.join(parts)}")
     values = []
     for name, variable, to_torch, from_torch in entries:
-        array = np.asarray(arrays[name])
+        array = _weights(name, arrays[name])
         expected = jax.eval_shape(to_torch, variable[...]).shape
         if array.shape != expected:
             raise UserError(f"{name} has shape {array.shape}; this {type(net).__name__} takes {expected}")

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from plif_jax import data
 from plif_jax.config import expanded
-from plif_jax.curves import tau_of
 from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.neurons import PLIF
@@ -287,7 +286,7 @@ class Run:
             for name in ("test_accuracy", "val_accuracy"):
                 if name in figures:
                     self.logs.add(name, figures[name], epoch)
-            learned = [neuron for neuron in self._neurons().values() if isinstance(neuron, PLIF)]
+            learned = [n for n in self._neurons().values() if isinstance(n, PLIF) and n.w[...].size == 1]
             for i, neuron in enumerate(learned):
                 self.logs.add(f"w{i}", float(neuron.w[...]), last_step)
         progress |= {"epoch": epoch + 1, "sums": [0.0, 0.0]}
@@ -319,17 +318,14 @@ class Run:
         return nnx.merge(self.graphdef, self.state.params, self.state.batch_stats).named_neurons()
 
     def taus(self) -> dict[str, float]:
-        """tau of every spiking layer now, in timesteps, by the layer's name."""
-        # On the host: the arrays may span other processes' devices.
-        return {
-            name: float(tau_of(neuron.w[...])) if isinstance(neuron, PLIF) else neuron.tau
-            for name, neuron in self._neurons().items()
-        }
+        """tau of every spiking layer now, in timesteps, by the layer's name, where it has one."""
+        taus = {name: report.tau(neuron) for name, neuron in self._neurons().items()}
+        return {name: tau for name, tau in taus.items() if tau is not None}
 
     def alphas(self) -> dict[str, float]:
         """The surrogate's alpha of every spiking layer now, by the layer's name, where it is learned."""
-        learned = self._neurons() if self.config.alpha_learnable else {}
-        return {name: float(neuron.surrogate.alpha[...]) for name, neuron in learned.items()}
+        alphas = {name: getattr(neuron.surrogate, "alpha", None) for name, neuron in self._neurons().items()}
+        return {name: float(alpha[...]) for name, alpha in alphas.items() if isinstance(alpha, nnx.Variable)}
 
 
 def steps_per_call(config, chosen):

@@ -7,8 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
+from flax import nnx
+
 from plif_jax import __version__
-from plif_jax.curves import summary
+from plif_jax.curves import summary, tau_of
+from plif_jax.neurons import PLIF
 from plif_jax.training.logs import read_metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tonic", "tensorflow-datasets", "numpy")
@@ -22,17 +26,33 @@ def epoch_line(run, figures) -> str:
     """An epoch's figures on one line."""
     kind = "" if run.config.val_ratio is None else "val "
     best = f" (best {kind}{run.progress['best']['score']:.2%})" if run.progress["best"] else ""
-    taus = "tau " + " ".join(f"{tau:.2f}" for tau in run.taus().values()) + "  " if run.config.use_plif else ""
+    taus = [f"{tau:.2f}" for tau in run.taus().values()] if run.config.use_plif else []
+    told = f"tau {' '.join(taus)}  " if taus else ""
     return (
         f"epoch {figures['epoch']:>4}/{run.config.max_epoch}  loss {figures['loss']:.4f}  {_percent(figures)}{best}  "
-        f"{taus}{samples_per_second(run):.0f} samples/s"
+        f"{told}{_speed(samples_per_second(run))} samples/s"
     )
 
 
-def samples_per_second(run) -> float:
-    """How fast the run trained so far, without the call of each program in which it compiled, and evaluation."""
+def tau(neuron) -> float | None:
+    """A layer's membrane time constant in timesteps; None where it has none, or more than one."""
+    # On the host: the arrays may span other processes' devices.
+    tau = tau_of(neuron.w[...]) if isinstance(neuron, PLIF) else getattr(neuron, "tau", None)
+    tau = np.asarray(tau[...] if isinstance(tau, nnx.Variable) else tau)
+    return float(tau.reshape(())) if tau.size == 1 and tau.dtype.kind in "iuf" else None
+
+
+def samples_per_second(run) -> float | None:
+    """How fast the run trained so far, without the call of each program in which it compiled, and evaluation.
+
+    None where these were all.
+    """
     steps, seconds = run.progress["steps_timed"], run.progress["seconds_timed"]
-    return steps * run.config.batch_size / seconds if seconds else 0.0
+    return steps * run.config.batch_size / seconds if seconds else None
+
+
+def _speed(samples):
+    return "-" if samples is None else f"{samples:.0f}"
 
 
 def result(run) -> dict:
@@ -102,5 +122,5 @@ def conclude(config, result, say):
         say(f"  tau    {name:<8} {result['tau_before'][name]:.3f} -> {tau:.3f}")
     for name, alpha in result["alpha"].items():
         say(f"  alpha  {name:<8} {alpha:.3f}")
-    say(f"  time   {result['seconds']:.0f} s, {result['samples_per_second']:.0f} training samples/s")
+    say(f"  time   {result['seconds']:.0f} s, {_speed(result['samples_per_second'])} training samples/s")
     say(f"  run    {folder}  (summary.png, result.json, TensorBoard; checkpoints in {config.checkpoint_dir})")
