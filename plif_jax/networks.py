@@ -1,19 +1,11 @@
-"""The paper's networks, each told as a table of layers.
-
-A table has the paper program's three parts. `static_conv` sees an image once; `conv` and `fc` see all T timesteps,
-layer by layer. The entries are builders: given the shape that reaches it, each makes its layer and names the shape
-that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
-"""
+"""The paper's networks, each told as a table of layers, and the builders that tables are made of."""
 
 import math
-from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from plif_jax import neurons, normalized, surrogate
+from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import dot_general
 from plif_jax.errors import UserError
@@ -23,12 +15,10 @@ from plif_jax.layers import (
     Dropout,
     Linear,
     avg_pool,
-    dropout_key,
-    firing_rates,
     max_pool,
     torch_default_init,
-    vote,
 )
+from plif_jax.spiking_net import SpikingNet, is_whole
 
 
 class Pool(nnx.Module):
@@ -169,185 +159,6 @@ def event_table(channels, number_layer, classes):
     }
 
 
-class SpikingNet(nnx.Module):
-    """A spiking network made from a table of layers; the paper's networks are its subclasses.
-
-    Args:
-      table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders.
-      shape: (H, W, C) of an image or a frame.
-      classes: number of classes; the last layer has a group of neurons for each.
-      T: timesteps for which a static image is shown.
-      init_tau: tau of LIF neurons, initial tau of PLIF neurons, in timesteps, above 1.
-      use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.
-      dtype: of convolutions and linear layers, bfloat16 say; membranes and parameters stay float32 or better.
-      rngs: source of the initial weights.
-
-    Raises:
-      UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
-        pooled; the table lacks a part or has another, has a neuron in static_conv or within another layer, or does not
-        end in a group of neurons for each class.
-    """
-
-    PARTS = ("static_conv", "conv", "fc")
-
-    def __init__(
-        self,
-        table,
-        shape,
-        classes,
-        *,
-        T,
-        init_tau=2.0,
-        use_plif=True,
-        use_max_pool=True,
-        alpha_learnable=False,
-        detach_reset=True,
-        dtype=None,
-        rngs,
-    ):
-        if not _whole(T):
-            raise UserError(f"T is {T}; a network runs for a whole number of timesteps, 1 or more")
-        if not isinstance(rngs, nnx.Rngs):
-            raise UserError(
-                f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
-            )
-        if dtype is not None and not _floating(dtype):
-            raise UserError(
-                f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
-            )
-        if set(table) != set(self.PARTS):
-            raise UserError(
-                f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"
-            )
-        self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
-        self.use_plif, self.use_max_pool = use_plif, use_max_pool
-        self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
-        for part in self.PARTS:
-            layers = []
-            for build in table[part]:
-                layer, shape = build(self, shape, rngs)
-                if part == "static_conv" and isinstance(layer, neurons.Neuron):
-                    raise UserError("a neuron in static_conv, where it would see a still image once; put it in conv")
-                if not isinstance(layer, neurons.Neuron) and _holds_a_neuron(layer):
-                    kind = type(layer).__name__
-                    raise UserError(f"a {kind} holds neurons, whose membranes no state would carry; list its layers")
-                layers.append(layer)
-            setattr(self, part, nnx.List(layers))
-        outputs = vector("the vote", shape)
-        if not _whole(classes) or outputs % classes:
-            raise UserError(f"{outputs} outputs for {classes} classes; the last layer has a group of neurons for each")
-
-    def named_layers(self):
-        """All layers in order, as {"conv.2": layer}: the paper program's names."""
-        return {f"{part}.{i}": layer for part in self.PARTS for i, layer in enumerate(getattr(self, part))}
-
-    def named_neurons(self):
-        """The spiking layers in order, as {name: neuron}."""
-        return {name: layer for name, layer in self.named_layers().items() if isinstance(layer, neurons.Neuron)}
-
-    def unroll(self, state, x, *, rngs=None, observe=None):
-        """Runs the network on x from `state`, layer by layer, each over all timesteps.
-
-        Args:
-          state: tuple of membranes as an earlier call returned it; None: at rest.
-          x: images [B, H, W, C], shown for T timesteps, or frames [T, B, H, W, C].
-          rngs: key, or keys [B], for dropout in training mode.
-          observe: called as observe(name, layer, input, output) after each layer, for those who look inside.
-
-        Returns:
-          The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
-
-        Raises:
-          UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key.
-        """
-        after, spikes = self._run(state, x, rngs, observe)
-        return after, vote(spikes, self.classes)
-
-    def _run(self, state, x, rngs, observe):
-        """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
-        x, still = self._as_frames(jnp.asarray(x))
-        if state is not None and not isinstance(state, tuple | list):
-            raise UserError(
-                f"state is a {type(state).__name__}; give the tuple of membranes that a call returned, or None"
-            )
-        if state is not None and len(state) != len(self.named_neurons()):
-            raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
-        before = None if state is None else iter(state)
-        after, norm = [], None
-        layers = list(self.named_layers().items())
-        # Before any layer: a call that fails for want of a key should not have moved the running statistics.
-        drops = any(isinstance(layer, Dropout) and layer.drops for _, layer in layers)
-        key = dropout_key(rngs, x.shape[1]) if drops else None
-        for index, (name, layer) in enumerate(layers):
-            following = layers[index + 1][1] if index + 1 < len(layers) else None
-            shown = still and index == len(self.static_conv)
-            if shown and (observe is not None or not isinstance(layer, neurons.Neuron)):
-                x = jnp.broadcast_to(x, (self.T, *x.shape[1:]))
-            entering = x
-            if isinstance(layer, BatchNorm) and isinstance(following, neurons.Neuron) and observe is None:
-                norm = layer  # the neuron's: see `normalized`
-            elif isinstance(layer, neurons.Neuron):
-                unroll = layer.unroll if norm is None else partial(normalized.unroll, norm, layer)
-                v, x = unroll(None if before is None else next(before), x, T=self.T if shown else None)
-                after.append(v)
-                norm = None
-            elif isinstance(layer, Dropout):
-                x = layer(x, None if key is None else _fold_in(key, index))
-            else:
-                x = layer(x)
-            if observe is not None:
-                observe(name, layer, entering, x)
-        return tuple(after), x
-
-    def _as_frames(self, x):
-        """Checks x and gives it as [T, B, H, W, C] with whether it is a still image, T = 1."""
-        still = x.ndim == 4 and len(self.static_conv) > 0
-        if x.ndim != 5 - still or x.shape[-3:] != self.shape:
-            H, W, C = self.shape
-            image = f"images [B, {H}, {W}, {C}] or " if self.static_conv else ""
-            raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
-        if jnp.iscomplexobj(x):
-            raise UserError(f"input of type {x.dtype}; give real numbers")
-        if any(jax.typeof(x).sharding.spec):  # explicit axes; of others no type tells
-            raise UserError(f"x is {jax.typeof(x)}, sharded by explicit axes; wrap the step in jax.sharding.auto_axes")
-        x = x.astype(self.dtype or jnp.result_type(float))
-        return (x[None] if still else x), still
-
-    def __call__(self, x, *, rngs=None, observe=None):
-        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest.
-
-        Raises:
-          UserError: x is of another shape or has no timestep; dropout in training mode has no key.
-        """
-        x = jnp.asarray(x)
-        if x.ndim == 5 and len(x) == 0:
-            raise UserError(f"x of shape {x.shape} has no timestep, in which nothing can fire; give at least one")
-        return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
-
-
-def _floating(dtype):
-    """Whether it is a floating-point type."""
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
-
-
-def _holds_a_neuron(layer):
-    """Whether one is somewhere within a layer."""
-    return any(isinstance(node, neurons.Neuron) for _, node in nnx.iter_graph(layer))
-
-
-def _whole(n):
-    """Whether n is a whole number from 1."""
-    return isinstance(n, int | np.integer) and n >= 1
-
-
-def _fold_in(key, index):
-    """One key per layer, from one key or from one key per sample [B]."""
-    return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)
-
-
 class MNISTNet(SpikingNet):
     """conv 1-128 once; then P, pool, conv 128-128, P, pool, linear 6272-2048, P, linear 2048-100, P each timestep."""
 
@@ -384,7 +195,7 @@ class EventNet(SpikingNet):
         facts = DATASETS[self.dataset]
         channels = facts.channels if channels is None else channels
         number_layer = facts.number_layer if number_layer is None else number_layer
-        if not _whole(channels) or not _whole(number_layer):
+        if not is_whole(channels) or not is_whole(number_layer):
             raise UserError(f"channels is {channels} and number_layer {number_layer}; both are whole numbers from 1")
         table = event_table(channels, number_layer, facts.classes)
         super().__init__(table, facts.shape, facts.classes, T=facts.T if T is None else T, **settings)
