@@ -110,7 +110,7 @@ def main(argv):
         config = Config.of_run(flags.run)
     except OSError:
         raise UserError(f"{flags.run} is not the folder of a run: it has no config.json") from None
-    published = reference.load(flags.reference, config)
+    published = reference.load(flags.reference, config, besides=flags.run)
     print(f"ours   {config.run_name}\ntheirs {published.run_name}")
     for difference in [*published.differences, *parts_used(flags.run, config)]:
         print(f"mind:  {difference}")

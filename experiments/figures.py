@@ -50,12 +50,14 @@ def draw_neurons(net, folder):
         textwrap.fill(f"{label}: {', '.join(layers)}", 24): next(iter(layers.values()))
         for label, layers in alike.items()
     }
-    fig, (current, above, below) = figure(3, width=9, height=8, sharex=True, height_ratios=[1, 3, 3])
+    rows = [1, 3, 3] if own else [1, 3]
+    fig, (current, above, *below) = figure(len(rows), width=9, height=sum(rows) + 1, sharex=True, height_ratios=rows)
     current.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
     current.set_ylabel("current x")
-    plots.neuron_response(above, x, some).set_xlabel("")
-    if own:
-        plots.neuron_response(below, x, own).set_title("time constants of this network", fontsize="medium")
+    plots.neuron_response(above, x, some)
+    for ax in below:
+        above.set_xlabel("")
+        plots.neuron_response(ax, x, own).set_title("time constants of this network", fontsize="medium")
     save(fig, folder / "neuron.png")
     some = {"ATan (the paper's)": surrogate.ATan()}
     some |= {kind.__name__: kind() for kind in (surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Erf)}

@@ -18,7 +18,7 @@ from plif_jax.layers import (
     max_pool,
     torch_default_init,
 )
-from plif_jax.spiking_net import SpikingNet, is_whole
+from plif_jax.spiking_net import SpikingNet, is_whole, vector
 
 
 class Pool(nnx.Module):
@@ -84,13 +84,6 @@ def maps(taker, shape):
     if len(shape) != 3:
         raise UserError(f"{taker} takes maps (H, W, C), but values of shape {shape} reach it: put it before flatten")
     return shape
-
-
-def vector(taker, shape):
-    """The length of what reaches a layer that takes vectors."""
-    if len(shape) != 1:
-        raise UserError(f"{taker} takes vectors, but maps of shape {shape} reach it: put flatten before it")
-    return shape[0]
 
 
 def norm(net, shape, rngs):

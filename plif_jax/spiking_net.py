@@ -5,6 +5,7 @@ layer by layer. The entries are builders: given the shape that reaches it, each 
 that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -32,8 +33,8 @@ class SpikingNet(nnx.Module):
 
     Raises:
       UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
-        pooled; the table lacks a part or has another, has a neuron in static_conv or within another layer, or does not
-        end in a group of neurons for each class.
+        pooled; the table lacks a part or has another, has a neuron in static_conv, or does not end in a group of
+        neurons for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -76,14 +77,9 @@ class SpikingNet(nnx.Module):
                 layer, shape = build(self, shape, rngs)
                 if part == "static_conv" and isinstance(layer, neurons.Neuron):
                     raise UserError("a neuron in static_conv, where it would see a still image once; put it in conv")
-                if not isinstance(layer, neurons.Neuron) and _holds_a_neuron(layer):
-                    kind = type(layer).__name__
-                    raise UserError(f"a {kind} holds neurons, whose membranes no state would carry; list its layers")
                 layers.append(layer)
             setattr(self, part, nnx.List(layers))
-        if len(shape) != 1:
-            raise UserError(f"the vote takes vectors, but maps of shape {shape} reach it: put flatten before it")
-        (outputs,) = shape
+        outputs = vector("the vote", shape)
         if not is_whole(classes) or outputs % classes:
             raise UserError(f"{outputs} outputs for {classes} classes; the last layer has a group of neurons for each")
 
@@ -108,15 +104,20 @@ class SpikingNet(nnx.Module):
           The state after the last timestep and the votes [T, B, classes]: each class's mean output spikes.
 
         Raises:
-          UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key.
+          UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key;
+            a layer of one's own holds neurons, whose membranes are in no state.
         """
+        for name, layer in self.named_layers().items():
+            if not isinstance(layer, neurons.Neuron) and _holds_a_neuron(layer):
+                kind = type(layer).__name__
+                raise UserError(f"{name} is a {kind} whose neurons no state carries; call net(x), or list its layers")
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)
 
     def _run(self, state, x, rngs, observe):
         """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
         x, still = self._as_frames(jnp.asarray(x))
-        if state is not None and not isinstance(state, tuple | list):
+        if state is not None and (isinstance(state, Mapping) or not hasattr(state, "__len__")):
             raise UserError(
                 f"state is a {type(state).__name__}; give the tuple of membranes that a call returned, or None"
             )
@@ -173,6 +174,13 @@ class SpikingNet(nnx.Module):
         if x.ndim == 5 and len(x) == 0:
             raise UserError(f"x of shape {x.shape} has no timestep, in which nothing can fire; give at least one")
         return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
+
+
+def vector(taker, shape):
+    """The length of what reaches a layer that takes vectors."""
+    if len(shape) != 1:
+        raise UserError(f"{taker} takes vectors, but maps of shape {shape} reach it: put flatten before it")
+    return shape[0]
 
 
 def _floating(dtype):

@@ -49,7 +49,8 @@ _spike.defvjp(_forward, _backward)
 
 def _finite(alpha):
     """Whether it is a finite real number."""
-    return np.asarray(alpha).dtype.kind in "iufV" and math.isfinite(alpha)  # V: bfloat16
+    dtype = np.asarray(alpha).dtype
+    return (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)) and math.isfinite(alpha)
 
 
 class Surrogate(nnx.Module):
@@ -67,9 +68,10 @@ class Surrogate(nnx.Module):
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
-        if np.ndim(alpha):
-            raise UserError(f"alpha has shape {np.shape(alpha)}; a surrogate has one alpha for its whole layer")
-        if not isinstance(alpha, jax.core.Tracer) and not _finite(alpha):
+        value = alpha.get_value() if isinstance(alpha, nnx.Variable) else alpha
+        if np.ndim(value):
+            raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")
+        if not isinstance(value, jax.core.Tracer) and not _finite(value):
             raise UserError(f"alpha is {alpha!r}; a surrogate's steepness is a finite number")
         self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else alpha
 

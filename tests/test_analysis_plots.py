@@ -171,8 +171,13 @@ def test_confusion_matrix_shows_shares_of_each_class(ax):
 
 
 class PerChannel(neurons.IF):
-    def __init__(self):
-        super().__init__(v_threshold=np.ones(3))
+    def __init__(self, shape=3):
+        super().__init__(v_threshold=np.ones(shape))
+
+
+class TwoStates(neurons.IF):
+    def rest(self, x):
+        return jnp.stack([super().rest(x)] * 2)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,10 @@ class PerChannel(neurons.IF):
         (lambda ax: plots.neuron_response(ax, np.ones((4, 2)), {"IF": neurons.IF()}), r"\(4, 2\); give \[T\]"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {}), "there are no neurons to draw"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel()}), "a has values for several neurons"),
+        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel(1)}), "a has values for several neurons"),
+        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": TwoStates()}), "a has values for several neurons"),
+        (lambda ax: plots.raster(ax, [[0, 1], [1]]), r"rows of different lengths; give \[T, N\]"),
+        (lambda ax: plots.event_frames(ax, np.ones((0, 4, 4, 2))), r"\(0, 4, 4, 2\); give \[T, H, W, 2\]"),
         (lambda ax: plots.raster(ax, np.ones((4, 2, 3))), r"spikes of shape \(4, 2, 3\); give \[T, N\]"),
         (lambda ax: plots.spike_maps(ax, np.ones((4, 2))), r"spikes of shape \(4, 2\); give \[T, H, W, C\]"),
         (lambda ax: plots.confusion_matrix(ax, np.ones((2, 2)), ["a"]), r"\(2, 2\) for 1 classes"),

@@ -124,7 +124,7 @@ def test_compare_prints_and_draws(run, published, capsys):
     assert "mind:" not in printed
     (run / "result.json").write_text(json.dumps({"samples": {"train": 850, "val": 150, "test": 10000}}))
     compare.main([str(run), "-reference", str(published)])
-    assert "mind:  of 50000 samples for training it had 1000\n\n" in capsys.readouterr().out
+    assert "mind:  of 50000 samples for training ours had 1000\n\n" in capsys.readouterr().out
 
 
 def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
@@ -172,6 +172,8 @@ def test_another_test_set_or_fewer_tests_are_told():
 def test_of_a_run_of_this_program_the_settings_are_known(run):
     ours = Config.of_run(run)
     write_csv(run, ours.run_name, "test_accuracy", ACCURACY)
+    with pytest.raises(UserError, match="holds no curves"):  # but those of the run itself
+        compare.main([str(run), "-reference", str(run.parent)])
     theirs = dataclasses.replace(ours, learning_rate=0.003, seed=1)
     assert reference.load(run.parent, theirs).differences == [
         "learning_rate is 0.003, theirs 0.001",
@@ -179,6 +181,9 @@ def test_of_a_run_of_this_program_the_settings_are_known(run):
     ]
     (run / "config.json").write_text(theirs.to_json())
     assert reference.load(run.parent, theirs).differences == []
+    (run / "config.json").write_text("{bad")
+    with pytest.raises(UserError, match=r"config\.json"):
+        reference.load(run.parent, theirs)
 
 
 def test_curves_are_found_from_within_their_folder(published, monkeypatch):

@@ -1,6 +1,7 @@
 """Every layout in which users have the event data sets is found, split as published, in an order of its own."""
 
 import errno
+import re
 import shutil
 import tarfile
 import zipfile
@@ -28,9 +29,14 @@ def test_a_second_download_is_no_recording_and_no_folder_is_one(tmp_path):
     write_nmnist(tmp_path)
     (tmp_path / "Train" / "0" / "11.bin").mkdir()
     assert numbers(recordings.find("NMNIST", tmp_path, tmp_path).train) == [2, 9, 10] * 10
-    shutil.copy(tmp_path / "Train" / "0" / "9.bin", tmp_path / "Train" / "0" / "9 (1).bin")
-    with pytest.raises(UserError, match=r"Train/0/9 \(1\)\.bin: it is named like the second download of a recording"):
-        recordings.find("NMNIST", tmp_path, tmp_path)
+    (tmp_path / "Train" / "0" / "9.bin").rename(tmp_path / "Train" / "0" / "8 (1).bin")  # of which there is one alone
+    found = recordings.find("NMNIST", tmp_path, tmp_path).train
+    assert [Path(r.path).name for r in found[:3]] == ["8 (1).bin", "2.bin", "10.bin"]
+    for copy in ("2 (1)", "2(1)", "2 - Copy", "2 copy"):
+        copied = shutil.copy(tmp_path / "Train" / "0" / "2.bin", tmp_path / "Train" / "0" / f"{copy}.bin")
+        with pytest.raises(UserError, match=rf"{re.escape(str(copied))} is by its name a copy of 2\.bin: remove it"):
+            recordings.find("NMNIST", tmp_path, tmp_path)
+        copied.unlink()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_the_other_published_split_of_cifar10_dvs(tmp_path):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("cifar10_airplane_950 (2).aedat", r"950 \(2\)\.aedat: it is named like the second download of a recording"),
+        ("cifar10_airplane_999 (2).aedat", r"_999 \(2\)\.aedat is by its name a copy of .*_999\.aedat: remove it"),
         ("cifar10_airplane_copy_999.aedat", r"airplane_999\.aedat and .*copy_999\.aedat have one number"),
         ("cifar10_airplane_1950.aedat", r"1950\.aedat: its number, which tells the split, is not one of 0 to 999"),
     ],
@@ -165,6 +171,14 @@ def test_a_gesture_file_is_read_once_for_all_its_cuts(tmp_path, monkeypatch, siz
     assert [Path(r.path).stem[:6] for r in found] == ["user01", "user01", "user02", "user02"] + ["user01", "user02"] * 2
     for x_THWC, recording in zip(dataset.train.x, found, strict=True):
         np.testing.assert_array_equal(x_THWC, event_cache.integrate(recording, (128, 128), 3))
+
+
+def test_the_cuts_of_a_file_are_in_one_part_where_they_fit(tmp_path):
+    cuts = {"a": 2, "b": 3, "c": 7, "d": 1}
+    ours = [recordings.Recording(name, 0, i, i + 1) for name, n in cuts.items() for i in range(n)]
+    settings = {"T": event_cache.PART_BYTES // 10, "sensor": [1, 1]}  # five to a part
+    jobs = event_cache._jobs(tmp_path, ours, settings, lambda path: [path])
+    assert ["".join(r.path for r in job["recordings"]) for job in jobs] == ["aabbb", "ccccc", "ccd"]
 
 
 def test_tonics_gestures(tmp_path):

@@ -68,8 +68,55 @@ def test_weights_of_a_layer_that_is_not_known_are_not_lost(make):
     table = {"static_conv": [], "conv": [], "fc": fc}
     net = networks.SpikingNet(table, (1, 2, 2), 4, T=2, rngs=nnx.Rngs(0))
     for export in (torch_interop.state_dict, lambda net: torch_interop.load_state_dict(net, {"fc.2.w": 0.0})):
-        with pytest.raises(UserError, match=r"fc\.0 is a (BatchNorm|List), whose weights have no form in PyTorch"):
+        with pytest.raises(UserError, match=r"fc\.0 is flax's (BatchNorm|List), whose (bias|0|mean) has no place"):
             export(net)
+
+
+class Gain(nnx.Conv):
+    def __init__(self):
+        super().__init__(2, 2, (1, 1), rngs=nnx.Rngs(0))
+        self.gain = nnx.Param(jnp.ones(()))
+
+
+class Counting(neurons.PLIF):
+    def __init__(self):
+        super().__init__()
+        self.seen = nnx.BatchStat(jnp.zeros(()))
+
+
+@pytest.mark.parametrize(("layer", "what"), [(Gain, "gain"), (Counting, "seen")])
+def test_nor_are_those_that_a_known_layer_has_besides(layer, what):
+    table = {"static_conv": [], "conv": [lambda *_: (layer(), (1, 2, 2))], "fc": [networks.flatten, networks.neuron]}
+    net = networks.SpikingNet(table, (1, 2, 2), 4, T=2, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        UserError, match=rf"conv\.0 is test_interop_torch's {layer.__name__}, whose {what} has no place"
+    ):
+        torch_interop.state_dict(net)
+
+
+class Tensor:
+    """What PyTorch's tensors that want a gradient are to NumPy."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.\nUse detach")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (np.array(1j), "fc.1.w holds complex128; weights are real numbers"),
+        (np.array("1"), "fc.1.w holds <U1; weights are real numbers"),
+        (Tensor(), r"fc.1.w is no array that NumPy takes: Can't call numpy\(\) on Tensor that requires grad\.$"),
+        ([1, [2]], "fc.1.w is no array that NumPy takes"),
+    ],
+)
+def test_what_are_no_weights_is_refused(given, says):
+    table = {"static_conv": [], "conv": [], "fc": [networks.flatten, networks.neuron]}
+    net = networks.SpikingNet(table, (1, 2, 2), 4, T=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=says):
+        torch_interop.load_state_dict(net, {"fc.1.w": given})
+    with pytest.raises(UserError, match="weights are a list; give a mapping from names to arrays"):
+        torch_interop.load_state_dict(net, [given])
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -359,16 +359,6 @@ def test_no_timestep_passes_in_training_mode_too():
 # Mistakes
 
 
-class Block(nnx.Module):
-    """A layer of a user's own that holds neurons."""
-
-    def __init__(self):
-        self.neuron = neurons.PLIF()
-
-    def __call__(self, x):
-        return x + self.neuron(x)
-
-
 def of_table(table, classes=3):
     return networks.SpikingNet(table, (8, 8, 2), classes, T=2, rngs=nnx.Rngs(0))
 
@@ -394,17 +384,6 @@ def of_table(table, classes=3):
         (
             lambda: of_table({"static_conv": [networks.neuron], "conv": [], "fc": []}),
             "a neuron in static_conv, .* in conv",
-        ),
-        (
-            lambda: of_table({"static_conv": [], "conv": [lambda *_: (Block(), (4, 4, 2))], "fc": []}),
-            "a Block holds neurons, whose membranes no state would carry; list its layers",
-        ),
-        (lambda: small(dtype="bf"), "dtype is 'bf'; give a floating-point type"),
-        (lambda: small(dtype=jnp.int32), "dtype is .*int32.*; give a floating-point type"),
-        (lambda: firing(small())(jnp.zeros((4, 2, 34, 34, 2), complex)), "input of type complex64; give real numbers"),
-        (
-            lambda: firing(small()).unroll(0, jnp.zeros((4, 2, 34, 34, 2))),
-            "state is a int; give the tuple of membranes",
         ),
         (lambda: of_table({"conv": [], "fc": []}), "a table of conv, fc; its parts are static_conv, conv, fc"),
         (lambda: of_table({"static_conv": [], "conv": [], "fc": [], "head": []}), "a table of .*, head; its parts"),

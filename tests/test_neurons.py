@@ -330,6 +330,8 @@ def test_a_tau_that_is_learned_is_plifs():
 def test_a_current_has_an_axis_of_time():
     with pytest.raises(UserError, match=r"currents are one number; give \[T, \.\.\.\]"):
         neurons.PLIF()(1.0)
+    with pytest.raises(UserError, match="currents are of type complex64; give real numbers"):
+        neurons.PLIF()(jnp.ones(2, complex))
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])

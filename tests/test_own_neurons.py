@@ -1,4 +1,4 @@
-"""Neurons of a user's own: several states, other variables, other outputs."""
+"""Neurons of a user's own: several states, other variables, other outputs, no tau."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from reference import cases
 
-from plif_jax import neurons
+from plif_jax import networks, neurons, surrogate
+from plif_jax.training import loop
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -104,3 +105,26 @@ def test_a_step_may_give_more_than_spikes(which):
         for unroll in (neuron.unroll, neuron.unroll_by_autodiff)
     )
     np.testing.assert_allclose(given, defined, rtol=1e-6)
+
+
+def test_neurons_without_one_tau_are_trained_and_no_tau_is_told(settings, tmp_path, monkeypatch):
+    """IF neurons, which have none, and PLIF neurons with one for each channel, a learned alpha among them."""
+
+    class PerChannel(neurons.PLIF):
+        def __init__(self, C):
+            super().__init__(surrogate=surrogate.ATan(learnable=True))
+            self.w = nnx.Param(jnp.zeros((1, 1, 1, C)))
+
+    class Net(networks.SpikingNet):
+        def __init__(self, T, *, channels, number_layer, **flags):
+            own = lambda net, shape, rngs: (PerChannel(shape[-1]), shape)  # noqa: E731
+            integrating = lambda net, shape, rngs: (neurons.IF(), shape)  # noqa: E731
+            conv = [networks.conv(channels), networks.norm, own, networks.pool]
+            fc = [networks.flatten, networks.linear(100), integrating]
+            super().__init__({"static_conv": [], "conv": conv, "fc": fc}, (34, 34, 2), 10, T=T, **flags)
+
+    monkeypatch.setitem(networks.NETWORKS, "Digits", Net)
+    said = []
+    result = loop.train(settings(log_dir_prefix=str(tmp_path), max_epoch=1), say=said.append)
+    assert result["tau"] == result["tau_before"] == {} and list(result["alpha"]) == ["conv.2"]
+    assert not any("tau " in line for line in said[2:-1] if line.startswith("epoch"))

@@ -103,6 +103,9 @@ def test_alpha_is_one_number():
     for alpha in ("2", None, float("nan"), 2 + 1j, jnp.inf):
         with pytest.raises(UserError, match=r"alpha is .*; a surrogate's steepness is a finite number"):
             surrogate.ATan(alpha)
+    for alpha in (2, np.float32(2), jnp.bfloat16(2), nnx.Param(2.0), nnx.Param(jnp.asarray(2.0))):
+        np.testing.assert_allclose(surrogate.ATan(alpha).derivative(0.0), 1.0)
+        np.testing.assert_allclose(nnx.jit(lambda alpha: surrogate.ATan(alpha).derivative(0.0))(alpha), 1.0)
     with pytest.raises(UserError, match=r"alpha has shape \(3,\); a surrogate has one alpha"):
         surrogate.ATan(jnp.full(3, 2.0), learnable=True)
 

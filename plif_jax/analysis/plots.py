@@ -22,7 +22,10 @@ from plif_jax.surrogate import Surrogate
 
 def _array(what, array, axes):
     """An array as NumPy's, with the axes that `axes` names."""
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError:
+        raise UserError(f"{what} have rows of different lengths; give [{axes}]") from None
     if array.ndim != len(axes.split(", ")) or 0 in array.shape[:1]:
         raise UserError(f"{what} of shape {array.shape}; give [{axes}], one entry at least")
     return array
@@ -31,7 +34,8 @@ def _array(what, array, axes):
 def is_single(neuron: Neuron) -> bool:
     """Whether all that a neuron has are single numbers, none for each channel say: one alone can be drawn then."""
     potentials = (neuron.v_threshold, 0.0 if neuron.v_reset is None else neuron.v_reset)
-    return all(np.size(jnp.asarray(leaf)) == 1 for leaf in (*potentials, *jax.tree.leaves(nnx.state(neuron))))
+    values = (*potentials, *jax.tree.leaves(nnx.state(neuron)), neuron.rest(jnp.zeros(1)))
+    return all(jnp.ndim(jnp.asarray(value)) == 0 for value in values)
 
 
 def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
@@ -161,7 +165,7 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
 
 def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
-    colors = event_colors(frames_THW2)
+    colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
     columns = min(columns, T)
     picture, gap = _mosaic(colors, columns, fill=0.5)

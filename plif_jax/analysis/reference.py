@@ -43,13 +43,17 @@ class Reference:
     metrics: dict[str, list[tuple[int, float]]]
 
 
-def load(folder: str | Path, config: Config) -> Reference:
+def load(folder: str | Path, config: Config, besides: Path | None = None) -> Reference:
     """The curves under `folder` whose run's settings are those of `config`, or are nearest to them.
+
+    Those of a run in the folder `besides` do not count.
 
     Raises:
       UserError: there are no curves, none of such a run or those of several, or a file of them is damaged.
     """
-    runs = find(folder)
+    own = besides and besides.resolve()
+    runs = {name: [path for path in paths if path.parent != own] for name, paths in find(folder).items()}
+    runs = {name: paths for name, paths in runs.items() if paths}
     if not runs:
         raise UserError(
             f"{folder} holds no curves; give a folder with TensorBoard event files or run-RUN-tag-TAG.csv files"
@@ -84,17 +88,15 @@ def differences(config: Config, run_name: str, theirs: Config | None = None) -> 
 
 def _config_beside(paths):
     """The settings of a run of this program, which lie beside its event files; None of others."""
-    try:
-        return Config.of_run(paths[0].parent)
-    except (OSError, UserError):
-        return None
+    folder = paths[0].parent
+    return Config.of_run(folder) if (folder / "config.json").is_file() else None
 
 
 def parts_used(samples, dataset_name) -> list[str]:
     """How much of the data set a run had, where that was not all; `samples` as its result has them."""
     ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
     parts = zip(ours.items(), expected(dataset_name), strict=True)
-    return [f"of {whole} samples for {what} it had {n}" for (what, n), whole in parts if n < whole]
+    return [f"of {whole} samples for {what} ours had {n}" for (what, n), whole in parts if n < whole]
 
 
 def _choice(runs, config):

@@ -7,6 +7,7 @@ preparation goes on from the parts that are there, also where a recording betwee
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -163,10 +164,16 @@ def _make(folder, parts, jobs, orders, record, name):
 
 
 def _jobs(folder, recordings, settings, stat):
-    """Divide recordings, the cuts of a file together, into parts."""
+    """Divide recordings into parts, the cuts of a file in one where they fit in it."""
     bytes_each = settings["T"] * settings["sensor"][0] * settings["sensor"][1] * 2
     size = max(1, min(PART_RECORDINGS, PART_BYTES // bytes_each))
-    parts = [recordings[first : first + size] for first in range(0, len(recordings), size)]
+    parts = [[]]
+    for _, cuts in itertools.groupby(recordings, key=lambda recording: recording.path):
+        cuts = list(cuts)
+        for some in (cuts[first : first + size] for first in range(0, len(cuts), size)):
+            if parts[-1] and len(parts[-1]) + len(some) > size:
+                parts.append([])
+            parts[-1] += some
     return [
         {"path": str(folder / f"{_digest(ours, stat, FORMAT, settings['sensor'])}.npy"), "recordings": ours, **settings}
         for ours in parts
@@ -200,8 +207,8 @@ def _run(jobs, done):
         # or fork a process in which JAX runs threads.
         command = [sys.executable, "-P", "-m", "plif_jax.data.event_worker"]  # and not what lies in the user's folder
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # In a group of its own, which Ctrl-C does not reach: it goes on until it is told nothing more.
-        with subprocess.Popen(command, **pipes, env=_env(), process_group=0) as worker:
+        # In a session of its own, which Ctrl-C does not reach: it goes on until it is told nothing more.
+        with subprocess.Popen(command, **pipes, env=_env(), start_new_session=True) as worker:
             while (job := next_job()) is not None:
                 try:
                     worker.stdin.write(json.dumps(job) + "\n")
@@ -224,7 +231,8 @@ def _run(jobs, done):
             list(pool.map(drive_a_worker, range(workers)))
         except BaseException as error:  # Ctrl-C, say: let workers finish the part they are at, and no other
             errors.append(repr(error))
-            tqdm.write("Stopping once the recordings at work are done; the same command goes on from there.")
+            if not isinstance(error, Exception):
+                tqdm.write("Stopping once the recordings at work are done; the same command goes on from there.")
             raise
     if errors:
         raise UserError(errors[0])

@@ -113,7 +113,7 @@ def integers(name, column):
         raise UserError(f"column {name} holds {column.dtype}: times and coordinates are whole numbers.")
     if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.trunc(column))).all():
         raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
-    if len(column) and not -LARGEST <= column.min() <= column.max() <= LARGEST:
+    if name != "p" and len(column) and not -LARGEST <= int(column.min()) <= int(column.max()) <= LARGEST:
         raise UserError(f"column {name} goes from {column.min()} to {column.max()}: {BEYOND}")
     return column.astype(np.int64)
 

@@ -23,7 +23,7 @@ LAYOUTS = {
     "NMNIST": "Train/<digit>/<number>.bin and Test/..., or Train.zip and Test.zip",
     "CIFAR10DVS": "<class>/*.aedat, <class>/*.aedat4, <class>.zip, or CIFAR10DVS.zip of such zips",
     "DVS128Gesture": "DvsGesture/ with trials_to_*.txt, DvsGesture.tar.gz, tonic's ibmGestureTrain and ibmGestureTest",
-    "ASLDVS": "<letter>/<letter>_<number>.mat, or ICCV2019_DVS_dataset.zip",
+    "ASLDVS": "<letter>/<letter>_<number>.mat, ICCV2019_DVS_dataset.zip, or ASLDVS.zip",
 }
 FOLDERS = {  # names, without case and punctuation, of folders that hold a data set
     "NMNIST": {"nmnist"},
@@ -148,9 +148,11 @@ def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recordi
     files = _shown(folder) if folder and folder.is_dir() else []
     for suffix in suffixes:
         ours = [file for file in files if file.suffix.lower() == suffix and not file.is_dir()]
+        stems = {file.stem for file in ours}
         for file in ours:
-            if re.search(r"\(\d+\)$", file.stem):
-                raise UserError(f"{file}: it is named like the second download of a recording: remove the copy.")
+            original = re.sub(r" ?\(\d+\)$| - Copy$| copy$", "", file.stem)
+            if original != file.stem and original in stems:
+                raise UserError(f"{file} is by its name a copy of {original}{suffix}: remove it.")
         if ours:
             return [Recording(str(file), label) for file in sorted(ours, key=lambda file: (_number(file), file.name))]
     return []

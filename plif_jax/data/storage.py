@@ -91,11 +91,11 @@ def join(path, files, places):
     One is open at a time: there may be more of them than a program may open.
     """
     dtypes, lengths, shapes = zip(*((a.dtype, len(a), a.shape[1:]) for a in map(_mapped, files)), strict=True)
-    places = iter(places)
     with _rows_of(path, np.result_type(*dtypes), (sum(lengths), *shapes[0])) as write:
-        for array in map(_mapped, files):
-            for row in array:
-                write(next(places), row)
+        for array, its in zip(map(_mapped, files), np.split(places, np.cumsum(lengths)[:-1]), strict=True):
+            breaks = np.flatnonzero(np.diff(its) != 1) + 1
+            for rows, where in zip(np.split(array, breaks), np.split(its, breaks), strict=True):
+                write(where[0], rows)
 
 
 def _mapped(file):

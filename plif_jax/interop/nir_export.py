@@ -12,7 +12,7 @@ from flax import nnx
 from plif_jax import neurons
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
-from plif_jax.interop.torch import conv_to_torch, linear_to_torch
+from plif_jax.interop.torch import conv_to_torch, linear_to_torch, refuse_others
 from plif_jax.layers import BatchNorm, Dropout
 from plif_jax.networks import Flatten, Pool
 
@@ -37,6 +37,8 @@ def to_nir(net, dt=DT):
     kept = [name for name, layer in net.named_layers().items() if not isinstance(layer, BatchNorm | Dropout)]
     for called, (name, layer) in zip(kept, fold(net).named_layers().items(), strict=True):
         name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            refuse_others(called, layer, (layer.kernel, layer.bias))
         if isinstance(layer, neurons.Neuron):
             nodes[name] = _neuron_to_nir(called, layer, partial(_of_each, shape, flattened), dt)
         elif isinstance(layer, nnx.Conv):

@@ -74,28 +74,41 @@ def _entries(net):
     """Yields (name in the authors' program, variable here, array to their layout, array to ours), in their order."""
     flat_shape = None
     for name, layer in net.named_layers().items():
-        values = [partial(moved, flat_shape=flat_shape) for moved in (values_to_torch, values_from_torch)]
-        if isinstance(layer, nnx.Conv):
-            yield f"{name}.weight", layer.kernel, conv_to_torch, conv_from_torch
-            yield from _bias(name, layer)
-        elif isinstance(layer, BatchNorm):
-            yield f"{name}.weight", layer.scale, *values
-            yield f"{name}.bias", layer.bias, *values
-            yield f"{name}.running_mean", layer.mean, *values
-            yield f"{name}.running_var", layer.var, *values
-        elif isinstance(layer, Neuron):
-            for path, variable in _parameters(layer):
-                yield f"{name}.{path}", variable, *values
-        elif isinstance(layer, Flatten):
-            flat_shape = layer.shape
-        elif isinstance(layer, nnx.Linear):
-            there = partial(linear_to_torch, flat_shape=flat_shape)
-            back = partial(linear_from_torch, flat_shape=flat_shape)
-            yield f"{name}.weight", layer.kernel, there, back
-            yield from _bias(name, layer)
-            flat_shape = None
-        elif any(isinstance(node, nnx.Param | nnx.BatchStat) for _, node in nnx.iter_graph(layer)):
-            raise UserError(f"{name} is a {type(layer).__name__}, whose weights have no form in PyTorch here")
+        known = list(_entries_of(name, layer, flat_shape))
+        refuse_others(name, layer, [variable for _, variable, *_ in known])
+        yield from known
+        if isinstance(layer, Flatten | nnx.Linear):
+            flat_shape = layer.shape if isinstance(layer, Flatten) else None
+
+
+def _entries_of(name, layer, flat_shape):
+    """Yields what `_entries` does, of one layer; flat_shape is (H, W, C) of the maps that were flattened before it."""
+    values = [partial(moved, flat_shape=flat_shape) for moved in (values_to_torch, values_from_torch)]
+    if isinstance(layer, nnx.Conv):
+        yield f"{name}.weight", layer.kernel, conv_to_torch, conv_from_torch
+        yield from _bias(name, layer)
+    elif isinstance(layer, BatchNorm):
+        yield f"{name}.weight", layer.scale, *values
+        yield f"{name}.bias", layer.bias, *values
+        yield f"{name}.running_mean", layer.mean, *values
+        yield f"{name}.running_var", layer.var, *values
+    elif isinstance(layer, Neuron):
+        for path, variable in _parameters(layer):
+            yield f"{name}.{path}", variable, *values
+    elif isinstance(layer, nnx.Linear):
+        there = partial(linear_to_torch, flat_shape=flat_shape)
+        back = partial(linear_from_torch, flat_shape=flat_shape)
+        yield f"{name}.weight", layer.kernel, there, back
+        yield from _bias(name, layer)
+
+
+def refuse_others(name, layer, known):
+    """Refuses a layer with weights or running statistics besides the known variables: they would be lost."""
+    known = {id(variable) for variable in known}
+    for path, node in nnx.iter_graph(layer):
+        if isinstance(node, nnx.Param | nnx.BatchStat) and id(node) not in known:
+            kind = f"{type(layer).__module__.partition('.')[0]}'s {type(layer).__name__}"
+            raise UserError(f"{name} is {kind}, whose {'.'.join(map(str, path))} has no place in what is written here")
 
 
 def _bias(name, layer):
@@ -121,9 +134,13 @@ def _weights(name, array):
     """An array of real numbers as NumPy's."""
     try:
         array = np.asarray(array)
-    except (TypeError, RuntimeError) as error:  # PyTorch's tensors that want a gradient, or lie on a GPU
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch's tensors that want a gradient
         raise UserError(f"{name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}") from None
-    if array.dtype.kind not in "biu" and not jnp.issubdtype(array.dtype, jnp.floating):
+    if (
+        array.dtype.kind != "b"
+        and not jnp.issubdtype(array.dtype, jnp.integer)
+        and not jnp.issubdtype(array.dtype, jnp.floating)
+    ):
         raise UserError(f"{name} holds {array.dtype}; weights are real numbers")
     return array
 
@@ -137,7 +154,7 @@ def state_dict(net):
     """The network's weights and running statistics as {name in the authors' program: NumPy array}.
 
     Raises:
-      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron.
+      UserError: a layer has other weights than a convolution, linear layer, batch norm or neuron of ours.
     """
     arrays = {}
     for name, variable, to_torch, _ in _entries(net):

@@ -207,8 +207,8 @@ class Run:
     def call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
         K = steps_per_call(self.config, self.devices)
-        if self.config.steps_per_call is None:  # alike where that costs few more calls: a rest is another program
-            K = max((k for k in range(-(-K // 2), K + 1) if self.steps_per_epoch % k == 0), default=K)
+        if self.config.steps_per_call is None:  # alike where that is near: a rest is another program
+            K = max((k for k in range(-(-3 * K // 4), K + 1) if self.steps_per_epoch % k == 0), default=K)
         rest = self.steps_per_epoch // K * K
         cuts = [*range(0, rest, K), *range(rest, self.steps_per_epoch + 1)]
         # A run that was stopped on other devices, with another K, may be between two cuts.

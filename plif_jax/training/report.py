@@ -7,6 +7,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,7 +40,8 @@ def tau(neuron) -> float | None:
     # On the host: the arrays may span other processes' devices.
     tau = tau_of(neuron.w[...]) if isinstance(neuron, PLIF) else getattr(neuron, "tau", None)
     tau = np.asarray(tau[...] if isinstance(tau, nnx.Variable) else tau)
-    return float(tau.reshape(())) if tau.size == 1 and tau.dtype.kind in "iuf" else None
+    real = jnp.issubdtype(tau.dtype, jnp.integer) or jnp.issubdtype(tau.dtype, jnp.floating)
+    return float(tau.reshape(())) if tau.size == 1 and real else None
 
 
 def samples_per_second(run) -> float | None:
