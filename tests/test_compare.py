@@ -68,7 +68,7 @@ def test_settings_that_differ_are_named(published):
         reference.load(published, Config(**SETTINGS, init_tau=16.0))
     nothing = published / "nothing"
     nothing.mkdir()
-    with pytest.raises(UserError, match="holds no curves; give a folder"):
+    with pytest.raises(UserError, match="holds no curves of another run; give a folder"):
         reference.load(nothing, Config(**SETTINGS))
 
 
@@ -172,7 +172,7 @@ def test_another_test_set_or_fewer_tests_are_told():
 def test_of_a_run_of_this_program_the_settings_are_known(run):
     ours = Config.of_run(run)
     write_csv(run, ours.run_name, "test_accuracy", ACCURACY)
-    with pytest.raises(UserError, match="holds no curves"):  # but those of the run itself
+    with pytest.raises(UserError, match="holds no curves of another run"):  # but those of the run itself
         compare.main([str(run), "-reference", str(run.parent)])
     theirs = dataclasses.replace(ours, learning_rate=0.003, seed=1)
     assert reference.load(run.parent, theirs).differences == [
