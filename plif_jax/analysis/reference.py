@@ -56,7 +56,8 @@ def load(folder: str | Path, config: Config, besides: Path | None = None) -> Ref
     runs = {name: paths for name, paths in runs.items() if paths}
     if not runs:
         raise UserError(
-            f"{folder} holds no curves of another run; give a folder with TensorBoard event files or run-RUN-tag-TAG.csv files"
+            f"{folder} holds no curves of another run; give a folder with TensorBoard event files or "
+            "run-RUN-tag-TAG.csv files"
         )
     ours = settings_of(config.run_name)
     candidates = {}
