@@ -64,7 +64,7 @@ def test_a_part_of_the_data_is_told_as_what_sets_runs_apart(flags):
     runs = ablation.plan(["MNIST"], [1, 2], flags)
     for run in runs["MNIST", "LIF, tau = 2"]:
         finish(run, samples={"train": 850, "val": 150, "test": 10000})
-    assert "mind: MNIST: of 60000 samples for training it had 1000" in ablation.minds(runs)
+    assert "mind: MNIST: of 60000 samples for training ours had 1000" in ablation.minds(runs)
 
 
 def test_only_runs_with_these_settings_and_epochs_are_done(flags):
