@@ -327,11 +327,10 @@ def test_a_tau_that_is_learned_is_plifs():
         neurons.LIF(nnx.Param(2.0))
 
 
-def test_a_current_has_an_axis_of_time():
-    with pytest.raises(UserError, match=r"currents are one number; give \[T, \.\.\.\]"):
-        neurons.PLIF()(1.0)
-    with pytest.raises(UserError, match="currents are of type complex64; give real numbers"):
-        neurons.PLIF()(jnp.ones(2, complex))
+@pytest.mark.parametrize(("x", "says"), [(1.0, r"one number; give \[T, "), (jnp.ones(2, complex), "of type complex64")])
+def test_a_current_has_an_axis_of_time_and_is_real(x, says):
+    with pytest.raises(UserError, match=f"currents are {says}"):
+        neurons.PLIF()(x)
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])

@@ -57,7 +57,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     if many := [label for label, neuron in neurons.items() if not is_single(neuron)]:
         raise UserError(f"{many[0]} has values for several neurons; this draws neurons that have one number of each")
     timesteps = np.arange(1, len(x) + 1)
-    thresholds = sorted({float(jnp.asarray(neuron.v_threshold).reshape(())) for neuron in neurons.values()})
+    thresholds = sorted({float(jnp.asarray(neuron.v_threshold)) for neuron in neurons.values()})
     for threshold in thresholds:
         ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
         ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
