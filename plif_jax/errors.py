@@ -3,7 +3,7 @@
 import difflib
 import errno
 
-# The system's refusals that are about a place: neither a defect nor the network's.
+# The operating system's refusals that are about a path, and the user's to mend: no defect of ours, no lost connection.
 OF_THE_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
     *(errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),

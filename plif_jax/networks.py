@@ -1,7 +1,9 @@
 """The paper's networks, each told as a table of layers, and the builders that tables are made of."""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -56,8 +58,12 @@ def conv(features):
     return build
 
 
-def linear(features=None):
-    """Linear layer without bias; a quarter of its inputs wide where `features` is not given."""
+def _uniform(bound, key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def linear(features=None, use_bias=False):
+    """Linear layer; a quarter of its inputs wide where `features` is not given."""
 
     def build(net, shape, rngs):
         n_in = vector("a linear layer", shape)
@@ -67,8 +73,9 @@ def linear(features=None):
         layer = Linear(
             n_in,
             n_out,
-            use_bias=False,
+            use_bias=use_bias,
             kernel_init=torch_default_init,
+            bias_init=partial(_uniform, n_in**-0.5),
             dot_general=dot_general,
             dtype=net.dtype,
             param_dtype=float,

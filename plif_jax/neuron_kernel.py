@@ -1,9 +1,9 @@
 """A neuron's sequence as one GPU kernel forward and one backward: membranes stay in registers.
 
 Each current is read once, each spike or gradient written once; XLA alone makes a kernel for every timestep and carries
-the membranes through memory. A step fits that is elementwise arithmetic in float32 with scalar parameters, as those of
-the neurons here are with all surrogates but `Erf` whose alpha is learned. A kernel has each parameter once per neuron,
-so that its gradient too is elementwise, and summed at the end.
+the membranes through memory. A step fits if it is elementwise arithmetic in float32 with scalar parameters: those of
+all neurons here do, with every surrogate but an `Erf` whose alpha is learned. Within a kernel each neuron has a copy of
+each parameter, which makes the parameters' gradients elementwise too; those of the copies are summed at the end.
 
 A step is (params, v, x) -> (v, s). A membrane is an array [...], or one number where all are alike. With `affine`, that
 is tables (mean [T or 1, ..., C], gain [T or 1, ..., C], bias [..., C]), the currents are (x - mean) gain + bias, which
@@ -24,7 +24,7 @@ from jax.extend.core import Literal
 THREADS, HELD = 128, 32
 
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-# Within a block, that is: under `pmap` gradients are placed as what they belong to.
+# They change no number of a block: `pmap` and `shard_map` put some of them in, to place gradients.
 IDENTITIES = {"copy", "copy_p", "stop_gradient", "reshape", "reshard", "pvary", "pcast"}
 ARITHMETIC = {
     *("add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "square", "sqrt", "rsqrt"),
@@ -49,7 +49,7 @@ def fits(step, T, params, v, x):
     except Exception:  # whatever a step makes of one neuron after the other in place of its own shape
         return False
     # What depends on the shape it sees is not elementwise either.
-    if [_told(jaxpr) for jaxpr in of_blocks[0]] != [_told(jaxpr) for jaxpr in of_blocks[1]]:
+    if [_signature(jaxpr) for jaxpr in of_blocks[0]] != [_signature(jaxpr) for jaxpr in of_blocks[1]]:
         return False
     forward, backward = of_blocks[0]
     types = [(aval.shape, aval.dtype) for aval in forward.out_avals]
@@ -227,13 +227,13 @@ def _block(T):
     return THREADS << min(2, (HELD // T).bit_length() - 1)
 
 
-def _told(closed):
+def _signature(closed):
     """A jaxpr's primitives and literals in order, those inside its calls included."""
-    told = []
+    found = []
     for eqn in closed.jaxpr.eqns:
-        told += [eqn.primitive.name, *(str(var.val) for var in eqn.invars if isinstance(var, Literal))]
-        told += [] if eqn.primitive.name not in CALLS else _told(_inner(eqn))
-    return told
+        found += [eqn.primitive.name, *(str(var.val) for var in eqn.invars if isinstance(var, Literal))]
+        found += [] if eqn.primitive.name not in CALLS else _signature(_inner(eqn))
+    return found
 
 
 def _elementwise(closed):

@@ -47,8 +47,8 @@ class Neuron(nnx.Module):
         detach_reset: bool = True,
         surrogate: surrogates.Surrogate | None = None,
     ):
-        self.v_threshold = v_threshold
-        self.v_reset = v_reset
+        self.v_threshold = surrogates.traced_is_data(v_threshold)
+        self.v_reset = surrogates.traced_is_data(v_reset)
         for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
             if not isinstance(value, _POTENTIALS) and not (value is None and name == "v_reset"):
                 kind = type(value).__name__
@@ -201,8 +201,8 @@ class PLIF(Neuron):
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) k,   k = sigmoid(w) = 1 / tau
 
-    w is one scalar parameter for the whole layer, so tau stays above 1 whatever the optimiser does. It starts as a
-    float32 number, so under float64 tau starts at init_tau to 7 digits.
+    w is one scalar parameter for the whole layer, so tau never falls below 1 whatever the optimiser does (from w = 17
+    on, it is 1 in float32). w starts as a float32 number, so under float64 tau starts at init_tau to 7 digits.
 
     Args:
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).
@@ -234,9 +234,9 @@ class PLIF(Neuron):
 
 
 def _checked_tau(name, tau):
-    if isinstance(tau, nnx.Variable):
-        kind = type(tau).__name__
-        raise UserError(f"{name} is an nnx.{kind}; give a number: PLIF(init_tau=2.0) learns tau and starts from it")
+    if isinstance(tau, nnx.Variable | jax.core.Tracer):
+        kind = "a value that JAX traces" if isinstance(tau, jax.core.Tracer) else f"an nnx.{type(tau).__name__}"
+        raise UserError(f"{name} is {kind}; give a number: PLIF(init_tau=2.0) learns tau and starts from it")
     if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < math.inf:
         raise UserError(f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
     return float(tau)

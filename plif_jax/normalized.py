@@ -16,7 +16,8 @@ from plif_jax.sequence import fits, instantiated, run, sequence, sequence_gradie
 def unroll(norm, neuron, v, x, *, T=None):
     """`neuron.unroll(v, norm(x), T=T)`."""
     ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
-    known = v is not None or type(neuron).rest is Neuron.rest  # another's rest may ask for the currents
+    # A `rest` of one's own may read the currents, which are never written here.
+    known = v is not None or type(neuron).rest is Neuron.rest
     if not (ours and known) or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), T=T)
     graphdef, kernels, T, *primals = neuron._prepared(v, x, T)

@@ -18,7 +18,8 @@ from plif_jax.mapped import vary_alike
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
 # the steps is slower than none: each part's inputs are copied.
 MAX_UNROLL = 32
-# Unrolled where no gradient needs the membranes, each timestep runs all before it again, by XLA's plan for a CPU.
+# Where no gradient needs the membranes, XLA's plan of an unrolled sequence for a CPU keeps none: each timestep runs all
+# those before it again, T^2 / 2 in all.
 MAX_UNROLL_FORWARD = 8
 
 
@@ -148,7 +149,7 @@ def _rest(neuron, x):
 
 
 def _rows(x, T):
-    """What a scan over T timesteps goes through, and what makes a timestep's current of it; one that stays is not."""
+    """(xs of a scan over T timesteps, function from one of xs to the current): nothing is scanned where one stays."""
     return (x, lambda row: row) if len(x) == T else (None, lambda row: x[0])
 
 

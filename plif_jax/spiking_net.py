@@ -60,7 +60,7 @@ class SpikingNet(nnx.Module):
             raise UserError(
                 f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
             )
-        if dtype is not None and not _floating(dtype):
+        if dtype is not None and not _is_floating(dtype):
             raise UserError(
                 f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
             )
@@ -97,7 +97,7 @@ class SpikingNet(nnx.Module):
         Args:
           state: tuple of membranes as an earlier call returned it; None: at rest.
           x: images [B, H, W, C], shown for T timesteps, or frames [T, B, H, W, C].
-          rngs: key, or keys [B], for dropout in training mode.
+          rngs: for dropout in training mode: a key, keys [B], nnx.Rngs or one of its streams.
           observe: called as observe(name, layer, input, output) after each layer, for those who look inside.
 
         Returns:
@@ -159,13 +159,13 @@ class SpikingNet(nnx.Module):
             raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
         if jnp.iscomplexobj(x):
             raise UserError(f"input of type {x.dtype}; give real numbers")
-        if any(jax.typeof(x).sharding.spec):  # explicit axes; of others no type tells
+        if any(jax.typeof(x).sharding.spec):  # explicit axes: automatic ones are not part of a type, and need nothing
             raise UserError(f"x is {jax.typeof(x)}, sharded by explicit axes; wrap the step in jax.sharding.auto_axes")
         x = x.astype(self.dtype or jnp.result_type(float))
         return (x[None] if still else x), still
 
     def __call__(self, x, *, rngs=None, observe=None):
-        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest.
+        """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest; arguments as of `unroll`.
 
         Raises:
           UserError: x is of another shape or has no timestep; dropout in training mode has no key.
@@ -183,7 +183,7 @@ def vector(taker, shape):
     return shape[0]
 
 
-def _floating(dtype):
+def _is_floating(dtype):
     """Whether it is a floating-point type."""
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)

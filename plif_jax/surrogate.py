@@ -35,7 +35,7 @@ def _backward(graphdef, residuals, g):
     def alpha_bar(alpha):
         of_each = g * surrogate.alpha_derivative(x)
         # One alpha for all; in a GPU's kernel one for each x.
-        return (of_each if alpha.shape else of_each.sum()).astype(alpha.dtype)
+        return (of_each if np.ndim(alpha) else of_each.sum()).astype(jnp.result_type(alpha))
 
     if not params.keys() - {"alpha"}:
         return jax.tree.map(alpha_bar, params), x_bar
@@ -45,6 +45,11 @@ def _backward(graphdef, residuals, g):
 
 
 _spike.defvjp(_forward, _backward)
+
+
+def traced_is_data(setting):
+    """A setting to assign to a module; Flax would take one that JAX traces for static, and lose its gradient."""
+    return nnx.data(setting) if isinstance(setting, jax.core.Tracer) else setting
 
 
 def _finite(alpha):
@@ -73,7 +78,7 @@ class Surrogate(nnx.Module):
             raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")
         if not isinstance(value, jax.core.Tracer) and not _finite(value):
             raise UserError(f"alpha is {alpha!r}; a surrogate's steepness is a finite number")
-        self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else alpha
+        self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else traced_is_data(alpha)
 
     def primitive(self, x):
         """The smooth function g whose derivative stands in for the spike's."""
@@ -229,7 +234,7 @@ class Rect(Surrogate):
         return jnp.clip(self.alpha * x + 0.5, 0, 1)
 
     def derivative(self, x):
-        return self.alpha * (jnp.abs(x) < 0.5 / self.alpha)
+        return jnp.where(jnp.abs(x) < 0.5 / self.alpha, self.alpha, 0)
 
 
 class LogTailedReLU(Surrogate):
@@ -253,7 +258,7 @@ class S2NN(Surrogate):
 
     def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.beta = beta
+        self.beta = traced_is_data(beta)
 
     def primitive(self, x):
         return jnp.where(x < 0, jax.nn.sigmoid(self.alpha * x), self.beta * jnp.log1p(jnp.maximum(x, 0)) + 0.5)
@@ -268,7 +273,7 @@ class LeakyKReLU(Surrogate):
 
     def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.leak = leak
+        self.leak = traced_is_data(leak)
 
     def primitive(self, x):
         return jnp.where(x >= 0, self.alpha, self.leak) * x
@@ -282,10 +287,10 @@ class PiecewiseLeakyReLU(Surrogate):
 
     def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.c = c
+        self.c = traced_is_data(c)
 
     def primitive(self, x):
-        outside = self.c * (x - jnp.sign(x) * self.alpha) + (x > 0)
+        outside = self.c * (x - jnp.sign(x) * self.alpha) + jnp.where(x > 0, 1, 0)
         return jnp.where(jnp.abs(x) < self.alpha, x / (2 * self.alpha) + 0.5, outside)
 
     def derivative(self, x):

@@ -41,9 +41,8 @@ def test_evaluation_pads_and_counts_every_sample_once():
 def test_calls_of_many_batches_are_alike_and_hardly_padded(n, calls, K):
     """On an accelerator; 32 batches of 8 at most are evaluated in one call."""
     config, part = Config(dataset_name="CIFAR10", batch_size=2, steps_per_call=32), samples(n)
-    feed = SimpleNamespace(chunks=lambda index, sizes: [[part] for part in np.split(index, np.cumsum(sizes)[:-1])])
-    now = SimpleNamespace(params=None, batch_stats=None)
-    seen = list(loop.evaluation_counts(config, lambda params, stats, index: index, feed, now, part, None))
+    feed = SimpleNamespace(chunks=lambda index, sizes: [(part,) for part in np.split(index, np.cumsum(sizes)[:-1])])
+    seen = [index for (index,) in loop.evaluation_calls(config, feed, part, None)]
     assert [index.shape for index in seen] == [(K, 8)] * calls
     index = np.concatenate(seen)
     assert sorted(index[index >= 0]) == list(range(n))
@@ -68,6 +67,13 @@ def test_partition_refuses_too_few_samples():
     dataset = Dataset("MNIST", split_of(10), split_of(10), "here")
     with pytest.raises(UserError, match="10 training samples make no batch of -batch_size 16"):
         batches.partition(Config(dataset_name="MNIST"), dataset)
+
+
+@pytest.mark.parametrize("val_ratio", [None, 0.15])
+def test_partition_refuses_no_training_samples(val_ratio):
+    dataset = Dataset("MNIST", split_of(0), split_of(10), "here")
+    with pytest.raises(UserError, match=r"MNIST has no sample for train: .* more train samples"):
+        batches.partition(Config(dataset_name="MNIST", val_ratio=val_ratio), dataset)
 
 
 @pytest.mark.parametrize("devices", (1, 2))

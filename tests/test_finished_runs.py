@@ -32,9 +32,9 @@ def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
 
 def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch):
     config, _ = whole
-    sizes, run = [], evaluation.evaluation_counts
+    sizes, run = [], evaluation.evaluation_calls
     monkeypatch.setattr(
-        evaluation, "evaluation_counts", lambda config, *a: sizes.append(config.batch_size) or run(config, *a)
+        evaluation, "evaluation_calls", lambda config, *a: sizes.append(config.batch_size) or run(config, *a)
     )
     net = checkpoint.load_network(config.run_dir)[1]
     evaluation.evaluate(dataclasses.replace(config, batch_size=1024), net, progress=False)

@@ -154,3 +154,18 @@ def test_each_of_several_learned_parameters_gets_its_own_gradient(x64):
     for name in ("alpha", "beta"):
         np.testing.assert_allclose(found[name][...], expected[name][...], rtol=1e-12)
     assert not np.isclose(found["alpha"][...], found["beta"][...])
+
+
+@pytest.mark.parametrize("setting", ["alpha", "beta"])
+def test_the_gradient_of_a_setting_that_jax_traces_is_not_lost(setting):
+    x = jnp.linspace(-1, 1, 8)  # without the step
+    of_spikes = jax.grad(lambda value: (surrogate.S2NN(**{setting: value})(x) * x).sum())(1.5)
+    of_primitive = jax.grad(lambda value: (surrogate.S2NN(**{setting: value}).primitive(x) * x).sum())(1.5)
+    assert of_primitive != 0
+    np.testing.assert_allclose(of_spikes, of_primitive, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", list(DERIVATIVES))
+def test_no_type_is_promoted_by_the_way(cls):
+    with jax.numpy_dtype_promotion("strict"):
+        nnx.grad(lambda fire: fire(jnp.ones(3)).sum())(cls(learnable=True))

@@ -198,7 +198,7 @@ def test_the_accuracy_of_validation_is_of_the_part_held_back(settings, tmp_path)
 
 
 def test_a_signal_in_an_evaluation_is_answered_there_and_the_run_continues(settings, whole, tmp_path, monkeypatch):
-    config, count, calls = settings(log_dir_prefix=str(tmp_path)), loop.evaluation_counts, []
+    config, count, calls = settings(log_dir_prefix=str(tmp_path)), loop.evaluation_calls, []
 
     def signalled(*given):
         calls.append(given)
@@ -206,7 +206,7 @@ def test_a_signal_in_an_evaluation_is_answered_there_and_the_run_continues(setti
             os.kill(os.getpid(), signal.SIGTERM)
         return count(*given)
 
-    monkeypatch.setattr(loop, "evaluation_counts", signalled)
+    monkeypatch.setattr(loop, "evaluation_calls", signalled)
     said = []
     with pytest.raises(signals.Interrupted):
         loop.train(config, say=said.append)
@@ -299,7 +299,7 @@ def test_other_data_are_refused(whole, monkeypatch):
     train = dataclasses.replace(dataset.train, x=dataset.train.x[::-1])
     test = dataclasses.replace(dataset.test, x=dataset.test.x[:19], y=dataset.test.y[:19])
     monkeypatch.setattr(loop.data, "load", lambda *_, **__: dataclasses.replace(dataset, train=train, test=test))
-    with pytest.raises(UserError, match="other data: test has 19 samples, had 20; the samples of train are others"):
+    with pytest.raises(UserError, match="other data: the samples of train are others; test has 19 samples, had 20"):
         loop.train(config, say=lambda line: None)
 
 

@@ -1,7 +1,6 @@
 """Our side of each comparison, and the machine's own limits measured with the same framework and threads."""
 
 import contextlib
-import os
 import tempfile
 
 import flax
@@ -13,7 +12,7 @@ from jax import lax
 
 from bench.fitting import fitting
 from bench.limits import multiply_adds, training_operations
-from bench.machine import peak_resident
+from bench.machine import cores, peak_resident
 from bench.recordings import recording
 from plif_jax import cli, neurons
 from plif_jax.config import Config
@@ -42,11 +41,10 @@ def build(spec):
 def _facts(**facts):
     device = jax.devices()[0]
     versions = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "threads": threads,
+        "threads": cores(),
         "versions": versions,
         **facts,
     }
@@ -258,12 +256,7 @@ def _bare(training):
     index_SB = batches.training_batches(config.seed, 0, training.parts["train"], config.batch_size)
     steps = list(training.feeds["train"].chunks(index_SB, training.call_sizes(0)))
     evaluate = training.evaluate_batches[training.feeds["test"].axis]
-    evaluations = [
-        arguments[2:]
-        for arguments in loop.evaluation_counts(
-            config, lambda *arguments: arguments, training.feeds["test"], training.state, test, training.devices
-        )
-    ]
+    evaluations = list(loop.evaluation_calls(config, training.feeds["test"], test, training.devices))
     now, asked = training.state, np.zeros(1, np.int32)
 
     def run():

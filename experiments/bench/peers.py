@@ -1,7 +1,7 @@
 """Peers: each in a process of its own, timed in turn.
 
-A worker builds its work, warms up, says "ready", and then does one run for each line it is sent. So peers share no
-interpreter, thread pool or allocator, and A B A B ... lets what else the machine does fall on all of them alike.
+A worker builds its work, warms up, answers with facts about it, and then does one run for each line it is sent. So
+peers share no interpreter, thread pool or allocator, and A B A B ... lets what else the machine does fall on all alike.
 """
 
 import contextlib

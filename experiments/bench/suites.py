@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from bench.peers import Peer, PeerError, in_turn
@@ -25,7 +26,7 @@ class Bench:
     limit: float
     gpu: bool
     backends: list[str] | None  # implementations of SpikingJelly's neuron on a GPU; None: see `spikingjelly`
-    say: callable
+    say: Callable
 
     def __post_init__(self):
         self.rows, self.peers = [], {}

@@ -33,6 +33,9 @@ UNNAMED = (
     *("cifar10dvs_split", "eval_every"),
 )
 
+# After how many epochs curves are compared.
+EPOCHS = (1, 5, 10, 32, 64, 128, 256, 512, 1024)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -202,12 +205,12 @@ def _tfrecords(data):
         at = end + 4
 
 
-def differences_at(ours, theirs, epochs=(1, 5, 10, 32, 64, 128, 256, 512, 1024)):
-    """(epochs trained, our value, their value) at each of `epochs` that both curves have, and at the last such one.
+def differences_at(ours, theirs):
+    """(epochs trained, our value, their value) at each of `EPOCHS` that both curves have, and at the last such one.
 
     Curves are [(epoch, value), ...] counted from 0: "after one epoch" is their point 0.
     """
     ours, theirs = dict(ours), dict(theirs)
     common = sorted(ours.keys() & theirs.keys())
-    asked = {epoch - 1 for epoch in epochs}
+    asked = {epoch - 1 for epoch in EPOCHS}
     return [(e + 1, ours[e], theirs[e]) for e in common if e in asked or e == common[-1]]

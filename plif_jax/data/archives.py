@@ -6,7 +6,6 @@ import errno
 import hashlib
 import lzma
 import os
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -20,7 +19,8 @@ DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
     *(EOFError, OSError, RuntimeError, ValueError, OverflowError),
 )
-OF_ITS_NAMES = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # or its places
+# What the file names in a damaged archive cause.
+OF_ITS_NAMES = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 LEADS_OUT = getattr(tarfile, "FilterError", ())  # the first releases of Python 3.11 have no filter
 
 
@@ -33,25 +33,17 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
     stat = archive.stat()
     key = hashlib.sha256(f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = Path(cache_dir) / "unpacked" / f"{archive.name.split('.')[0]}-{key}"
-    if folder.exists():
-        return folder
-    with storage.locked(folder.with_name(folder.name + ".lock")):
-        if not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            print(f"unpacking {archive} into {folder}", flush=True)
-            try:
-                with storage.writing(partial):
-                    partial.mkdir(parents=True)  # an archive may hold nothing
-                _unpack(archive, partial, archive)
-                for _ in range(2):  # the zips in it, and those in them
-                    for inner in sorted(path for path in partial.rglob("[!.]*") if path.suffix.lower() == ".zip"):
-                        _unpack(inner, inner.parent, f"{archive}: {inner.relative_to(partial)}")
-                        inner.unlink()
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
+
+    def unpack(partial):
+        print(f"unpacking {archive} into {folder}", flush=True)
+        partial.mkdir()  # an archive may hold nothing
+        _unpack(archive, partial, archive)
+        for _ in range(2):  # the zips in it, and those in them
+            for inner in sorted(path for path in partial.rglob("[!.]*") if path.suffix.lower() == ".zip"):
+                _unpack(inner, inner.parent, f"{archive}: {inner.relative_to(partial)}")
+                inner.unlink()
+
+    return storage.made(folder, unpack)
 
 
 def _unpack(archive, folder, name):

@@ -57,19 +57,18 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
       UserError: a part is empty, or there are fewer training samples than a batch holds.
     """
     train = spread(dataset.train.y, config.train_samples)
-    parts = {"test": test_part(config, dataset)}
+    parts = {"train": Samples(dataset.train, train), "test": test_part(config, dataset)}
+    _refuse_empty(dataset, "train", parts["train"], "more train samples")
     if config.val_ratio is not None:
-        train, val = split_per_class(dataset.train.y, train, config.val_ratio)
-        parts["val"] = Samples(dataset.train, val)
-    parts["train"] = Samples(dataset.train, train)
-    for name, part in parts.items():
-        more = f"more {name} samples"
-        if name == "val":  # so many of each class that one of them is left over
-            enough = config.facts.classes * math.ceil(1 / config.val_ratio)
-            more = f"-train_samples {enough} or more, or a larger -val_ratio"
-        _refuse_empty(dataset, name, part, more)
-    if len(train) < config.batch_size:
-        raise UserError(f"{len(train)} training samples make no batch of -batch_size {config.batch_size}")
+        train, val = (
+            Samples(dataset.train, index) for index in split_per_class(dataset.train.y, train, config.val_ratio)
+        )
+        # so many of each class that one of them is left over
+        enough = config.facts.classes * math.ceil(1 / config.val_ratio)
+        _refuse_empty(dataset, "val", val, f"-train_samples {enough} or more, or a larger -val_ratio")
+        parts |= {"train": train, "val": val}
+    if len(parts["train"]) < config.batch_size:
+        raise UserError(f"{len(parts['train'])} training samples make no batch of -batch_size {config.batch_size}")
     return parts
 
 
@@ -105,7 +104,7 @@ def evaluation_batches(part: Samples, batch_size: int) -> np.ndarray:
 
 
 def digest(part: Samples) -> dict:
-    """What tells a part from another: its number of samples, and a checksum of labels and of some 64 samples."""
+    """What tells a part from another: its number of samples, and a checksum of labels and of 64 to 127 samples."""
     some = part.index[:: max(1, len(part) // 64)]
     checksum = hashlib.sha256(part.split.y[part.index].tobytes())
     for x in part.split.x[some]:

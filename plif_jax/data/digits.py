@@ -5,8 +5,6 @@ recordings are written once, as N-MNIST's own files, so that everything after th
 """
 
 import itertools
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +27,7 @@ RECORDING = np.dtype([("x", "u1"), ("y", "u1"), ("t", "i8"), ("p", "u1")])
 
 def ensure(cache_dir):
     """Return the folder of the recordings, `Train/<digit>/<number>.bin` and `Test/...`, written if it is not there."""
-    folder = Path(cache_dir) / "digits-1"  # the number changes with the camera
-    with storage.reading(folder):
-        there = folder.exists()
-    if there:
-        return folder
-    partial = folder.with_suffix(".partial")
-    with storage.locked(folder.with_suffix(".lock")), storage.writing(folder):
-        if not folder.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                _write_all(partial)
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return storage.made(Path(cache_dir) / "digits-1", _write_all)  # the number changes with the camera
 
 
 def write_recording(path, events):

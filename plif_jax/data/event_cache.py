@@ -155,7 +155,7 @@ def _make(folder, parts, jobs, orders, record, name):
     versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
     with storage.replacing(folder / "record.json") as file:
         file.write(json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2).encode())
-    for job in every:  # others there are of a set that was interrupted
+    for job in every:  # and no others: they are of a preparation that was interrupted
         Path(job["path"]).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # that, or a killed program's worker is still at one
         parts.rmdir()

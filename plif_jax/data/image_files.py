@@ -184,8 +184,8 @@ def _members(archive):
 def _read_archive(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The batches of a tar archive by name. Nothing is extracted, so no member can write anywhere.
 
-    `tarfile` has a say in the headers alone: by itself it keeps them all, and reads a long name or a pax header whole,
-    whatever size it claims. No official archive holds these, and here they are skipped as other members are.
+    `tarfile` parses single headers and no more: by itself it keeps all of them, and reads a long name or a pax header
+    whole, whatever size it claims. No official archive holds these, and here they are skipped as other members are.
     """
     wanted, batches = official_names("CIFAR10"), {}
     try:

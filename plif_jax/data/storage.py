@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,23 @@ def writing(path, advice=ADVICE):
         if error.errno is None:  # not the system but a library, of what it was reading
             raise
         raise UserError(f"{path} cannot be written: {error.strerror}. {advice}") from None
+
+
+def made(folder, make):
+    """The folder, filled by `make(partial)` if it is not there: by one program, whole or not at all."""
+    with reading(folder):
+        there = folder.exists()
+    if not there:
+        partial = folder.with_name(folder.name + ".partial")
+        with locked(folder.with_name(folder.name + ".lock")), writing(folder):
+            if not folder.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    make(partial)
+                    os.rename(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -8,35 +8,10 @@ the caller's choice: `spiking_neuron` makes one per spiking layer, e.g. `lambda:
 
 from functools import partial
 
-import jax
+from plif_jax import networks
+from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
 
-from plif_jax.convolution import dot_general
-from plif_jax.layers import Linear, torch_default_init
-from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool, vector
-
-
-def _uniform(bound, key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def linear(features):
-    """Linear layer with bias, initialised as in PyTorch."""
-
-    def build(net, shape, rngs):
-        n_in = vector("a linear layer", shape)
-        layer = Linear(
-            n_in,
-            features,
-            kernel_init=torch_default_init,
-            dot_general=dot_general,
-            bias_init=partial(_uniform, n_in**-0.5),
-            dtype=net.dtype,
-            param_dtype=float,
-            rngs=rngs,
-        )
-        return layer, (features,)
-
-    return build
+linear = partial(networks.linear, use_bias=True)
 
 
 class SpikingJellyNet(SpikingNet):

@@ -1,7 +1,6 @@
 """What a trained network does on the test set: accuracy, confusions, firing rates."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from flax import nnx
 from plif_jax import data
 from plif_jax.data import batches
 from plif_jax.training import step
-from plif_jax.training.loop import evaluation_counts
+from plif_jax.training.loop import evaluation_calls
 
 
 def evaluate(config, net, progress=True) -> dict:
@@ -31,8 +30,8 @@ def evaluate(config, net, progress=True) -> dict:
     feed = batches.Feed(part.split, chosen, config.data_on_device)
     graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
     run = step.make_evaluate(config, graphdef, chosen, feed.axis, firing_rates=True)
-    now = SimpleNamespace(params=params, batch_stats=batch_stats)
-    counts = list(map(jax.device_get, evaluation_counts(config, run, feed, now, part, chosen)))
+    calls = evaluation_calls(config, feed, part, chosen)
+    counts = [jax.device_get(run(params, batch_stats, *arguments)) for arguments in calls]
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *counts)
     confusion = total["confusion"]
     with np.errstate(invalid="ignore"):  # a class without samples has no accuracy

@@ -207,7 +207,7 @@ class Run:
     def call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""
         K = steps_per_call(self.config, self.devices)
-        if self.config.steps_per_call is None:  # alike where that is near: a rest is another program
+        if self.config.steps_per_call is None:  # one that divides, if it is near: a shorter last call is a program more
             K = max((k for k in range(-(-3 * K // 4), K + 1) if self.steps_per_epoch % k == 0), default=K)
         rest = self.steps_per_epoch // K * K
         cuts = [*range(0, rest, K), *range(rest, self.steps_per_epoch + 1)]
@@ -265,7 +265,8 @@ class Run:
         feed = self.feeds[name]
         evaluate = self.evaluate_batches[feed.axis]
         confusion = 0
-        for counts in evaluation_counts(self.config, evaluate, feed, self.state, self.parts[name], self.devices):
+        for arguments in evaluation_calls(self.config, feed, self.parts[name], self.devices):
+            counts = evaluate(self.state.params, self.state.batch_stats, *arguments)
             confusion = confusion + np.asarray(counts["confusion"])
             # Several processes stop together, at the next training step, where they agree on it.
             if self.stop.signum is not None and jax.process_count() == 1:
@@ -333,13 +334,12 @@ def steps_per_call(config, chosen):
     return config.steps_per_call or (1 if chosen[0].platform == "cpu" else 32)
 
 
-def evaluation_counts(config, evaluate, feed, now, part, chosen):
-    """Yields what `evaluate` counts, call by call, over all samples of a part."""
+def evaluation_calls(config, feed, part, chosen):
+    """Yields x, y, index of each call of a `step.make_evaluate` that together show all samples of a part."""
     # Large event frames fill a device's memory sooner than small ones.
     batch_size = config.batch_size * (4 if max(config.facts.shape) < 64 else 1)
     steps = -(-len(part) // batch_size)
     calls = -(-steps // steps_per_call(config, chosen))
     K = -(-steps // calls)  # all calls alike, so that little is padding
     index_SB = batches.evaluation_batches(part, K * batch_size).reshape(-1, batch_size)
-    for arguments in feed.chunks(index_SB, [K] * calls):
-        yield evaluate(now.params, now.batch_stats, *arguments)
+    return feed.chunks(index_SB, [K] * calls)

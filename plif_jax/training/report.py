@@ -19,7 +19,8 @@ from plif_jax.training.logs import read_metrics
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tonic", "tensorflow-datasets", "numpy")
 
 
-def _percent(figures, names=("train_accuracy", "val_accuracy", "test_accuracy")):
+def _percent(figures):
+    names = ("train_accuracy", "val_accuracy", "test_accuracy")
     return "  ".join(f"{name.removesuffix('_accuracy')} {figures[name]:.2%}" for name in names if name in figures)
 
 
@@ -88,7 +89,7 @@ def hardware(devices) -> dict:
 
 
 def _versions():
-    """The packages' versions, but of those that were brought along without being installed."""
+    """The versions of `PACKAGES` that are installed: one that only lies on the path has none, and is left out."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
