@@ -18,8 +18,17 @@ class UserError(ValueError):
 
 
 def nearest(given: str, allowed) -> str | None:
-    """The allowed name that a short or misspelt one is nearest to, whatever the case; None where none is near."""
-    names = {name.lower(): name for name in allowed}
-    begun = sorted((name for name in names if given and name.startswith(given.lower())), key=len)
-    near = begun or difflib.get_close_matches(given.lower(), names, 1)
+    """The allowed name that a short or misspelt one is nearest to, whatever the case; None where none is near.
+
+    Short for one are its beginning, one of its words and its initials: lr for learning_rate.
+    """
+    names, short = {name.lower(): name for name in allowed}, given.lower()
+
+    def is_short_for(name):
+        words = name.split("_")
+        return name.startswith(short) or short in (*words, "".join(word[:1] for word in words))
+
+    shortened = filter(is_short_for, names) if short else ()
+    near = sorted(shortened, key=lambda name: (not name.startswith(short), len(name)))
+    near = near or difflib.get_close_matches(short, names, 1)
     return names[near[0]] if near else None

@@ -344,5 +344,7 @@ def firing_rates(spikes_TBN, classes):
 
 def _groups(spikes_TBN, classes):
     T, B, N = spikes_TBN.shape
+    if N % classes:
+        raise UserError(f"{N} outputs for {classes} classes; give as many for each class")
     groups = spikes_TBN.reshape(T, B, classes, N // classes)
     return groups.astype(jnp.promote_types(groups.dtype, jnp.float32))

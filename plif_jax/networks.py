@@ -51,11 +51,18 @@ class Flatten(nnx.Module):
 def conv(features):
     """3x3 convolution, padding 1, without bias."""
 
+    _check_features("conv", features)
+
     def build(net, shape, rngs):
         *size, C = maps("a convolution", shape)
         return Conv3x3(C, features, dtype=net.dtype, rngs=rngs), (*size, features)
 
     return build
+
+
+def _check_features(builder, features):
+    if not is_whole(features):
+        raise UserError(f"{builder}({features!r}): a layer has a whole number of features, 1 or more")
 
 
 def _uniform(bound, key, shape, dtype):
@@ -65,9 +72,12 @@ def _uniform(bound, key, shape, dtype):
 def linear(features=None, use_bias=False):
     """Linear layer; a quarter of its inputs wide where `features` is not given."""
 
+    if features is not None:
+        _check_features("linear", features)
+
     def build(net, shape, rngs):
         n_in = vector("a linear layer", shape)
-        n_out = features or n_in // 4
+        n_out = n_in // 4 if features is None else features
         if n_out == 0:
             raise UserError(f"{n_in} values reach the first linear layer, 4 at least are needed: give more channels")
         layer = Linear(

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 from plif_jax import surrogate as surrogates
+from plif_jax.dtypes import is_floating, is_real
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 from plif_jax.sequence import at_rest, kernels, run
@@ -53,6 +54,8 @@ class Neuron(nnx.Module):
             if not isinstance(value, _POTENTIALS) and not (value is None and name == "v_reset"):
                 kind = type(value).__name__
                 raise UserError(f"{name} is of type {kind}; give a number, an array, or an nnx.Param to be learned")
+            if value is not None and not is_real(getattr(value, "dtype", float)):
+                raise UserError(f"{name} is {value!r}; a potential is a real number, or an array of them")
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):
@@ -94,13 +97,18 @@ class Neuron(nnx.Module):
         same for T timesteps may be given once, x [1, ...], which spares memory.
 
         Raises:
-          UserError: x has no axis of time or neither 1 nor T timesteps, or v is not of the shape of one timestep.
+          UserError: x has no axis of time or neither 1 nor T timesteps, v is not of the shape of one timestep, or
+            potentials are of a shape that does not fit it.
         """
         return run(*self._prepared(v, x, T), None)
 
     def _prepared(self, v, x, T=None):
         """What `sequence` takes, from what `unroll` is given; raises what that raises."""
         x = _currents(x)
+        for name in ("v_threshold", "v_reset") if type(self).rest is Neuron.rest else ():
+            shape = np.shape(getattr(self, name))
+            if shape and not _spreads(shape, x.shape[1:]):
+                raise UserError(f"{name} of shape {shape} does not fit currents of shape [T, ...] = {x.shape}")
         if T is not None and (not isinstance(T, int | np.integer) or T < 0):
             raise UserError(f"T is {T!r}; the number of timesteps is a whole number, and known before compilation")
         if T is not None and len(x) not in (1, T):
@@ -136,12 +144,17 @@ def _currents(x):
         raise UserError("currents are one number; give [T, ...], the first axis the timesteps")
     if jnp.iscomplexobj(x):
         raise UserError(f"currents are of type {x.dtype}; give real numbers")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+    return x if is_floating(x.dtype) else x.astype(float)
+
+
+def _spreads(shape, over):
+    """Whether an array of one shape can be spread over another."""
+    return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(shape[::-1], over[::-1], strict=False))
 
 
 def _floats(path, leaf):
     """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a neuron of one's own."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
 
 
 class IF(Neuron):
@@ -210,11 +223,12 @@ class PLIF(Neuron):
       (others as in `Neuron`)
 
     Raises:
-      UserError: init_tau is not above 1.
+      UserError: init_tau is not above 1, param_dtype no floating-point type.
     """
 
     def __init__(self, init_tau: float = 2.0, *, param_dtype=float, **kwargs):
         super().__init__(**kwargs)
+        surrogates.check_param_dtype(param_dtype)
         # Through float32, as the paper's program starts: under float64 the rounding decides who fires at the threshold.
         w = np.float32(-math.log(_checked_tau("init_tau", init_tau) - 1))
         self.w = nnx.Param(jnp.asarray(w, param_dtype))

@@ -5,6 +5,7 @@ layer by layer. The entries are builders: given the shape that reaches it, each 
 that leaves it. Positions in a part are those of the paper program's `Sequential`, so weights carry over by name.
 """
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from plif_jax import neurons, normalized
+from plif_jax.dtypes import is_floating
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm, Dropout, dropout_key, firing_rates, vote
 
@@ -24,7 +26,7 @@ class SpikingNet(nnx.Module):
     Args:
       table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders.
       shape: (H, W, C) of an image or a frame.
-      classes: number of classes; the last layer has a group of neurons for each.
+      classes: number of classes; the last layer has a group of outputs for each, of neurons usually.
       T: timesteps for which a static image is shown.
       init_tau: tau of LIF neurons, initial tau of PLIF neurons, in timesteps, above 1.
       use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.
@@ -32,9 +34,9 @@ class SpikingNet(nnx.Module):
       rngs: source of the initial weights.
 
     Raises:
-      UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs, or a feature map too small to be
-        pooled; the table lacks a part or has another, has a neuron in static_conv, or does not end in a group of
-        neurons for each class.
+      UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs for weights, or a feature map too
+        small to be pooled; the table lacks a part or has another, holds what is no builder or a neuron in static_conv,
+        or does not end in a group of outputs for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -60,7 +62,9 @@ class SpikingNet(nnx.Module):
             raise UserError(
                 f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
             )
-        if dtype is not None and not _is_floating(dtype):
+        if not {"params", "default"} & set(rngs):
+            raise UserError(f"rngs has the streams {', '.join(rngs)}; give nnx.Rngs(0), or nnx.Rngs(params=0)")
+        if dtype is not None and not is_floating(dtype):
             raise UserError(
                 f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
             )
@@ -73,8 +77,8 @@ class SpikingNet(nnx.Module):
         self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
         for part in self.PARTS:
             layers = []
-            for build in table[part]:
-                layer, shape = build(self, shape, rngs)
+            for i, build in enumerate(table[part]):
+                layer, shape = _built(f"{part}.{i}", build, self, shape, rngs)
                 if part == "static_conv" and isinstance(layer, neurons.Neuron):
                     raise UserError("a neuron in static_conv, where it would see a still image once; put it in conv")
                 layers.append(layer)
@@ -127,7 +131,7 @@ class SpikingNet(nnx.Module):
         after, norm = [], None
         layers = list(self.named_layers().items())
         # Before any layer: a call that fails for want of a key should not have moved the running statistics.
-        drops = any(isinstance(layer, Dropout) and layer.drops for _, layer in layers)
+        drops = {name for name, layer in layers if _drops(name, layer)}
         key = dropout_key(rngs, x.shape[1]) if drops else None
         for index, (name, layer) in enumerate(layers):
             following = layers[index + 1][1] if index + 1 < len(layers) else None
@@ -142,8 +146,8 @@ class SpikingNet(nnx.Module):
                 v, x = unroll(None if before is None else next(before), x, T=self.T if shown else None)
                 after.append(v)
                 norm = None
-            elif isinstance(layer, Dropout):
-                x = layer(x, None if key is None else _fold_in(key, index))
+            elif name in drops:
+                x = layer(x, rngs=_fold_in(key, index))
             else:
                 x = layer(x)
             if observe is not None:
@@ -167,6 +171,8 @@ class SpikingNet(nnx.Module):
     def __call__(self, x, *, rngs=None, observe=None):
         """Firing rates [B, classes] in 0..1 for x [B, H, W, C] or [T, B, H, W, C], from rest; arguments as of `unroll`.
 
+        Where the last layer is none of neurons, these are means of what leaves it.
+
         Raises:
           UserError: x is of another shape or has no timestep; dropout in training mode has no key.
         """
@@ -183,12 +189,35 @@ def vector(taker, shape):
     return shape[0]
 
 
-def _is_floating(dtype):
-    """Whether it is a floating-point type."""
+def _built(name, build, net, shape, rngs):
+    """The layer that a table's entry makes, and the shape that leaves it."""
     try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
+        if isinstance(build, type):  # a class of layers takes other arguments
+            raise TypeError
+        inspect.signature(build).bind(net, shape, rngs)
+    except (TypeError, ValueError):
+        entry = getattr(build, "__name__", type(build).__name__)
+        raise UserError(
+            f"{name} of the table is {entry}, no builder; give norm, conv(8), or a function of (net, shape, rngs) that "
+            "returns a layer and the shape that leaves it"
+        ) from None
+    made = build(net, shape, rngs)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise UserError(
+            f"{name} of the table makes a {type(made).__name__}; a builder returns a layer and the shape that leaves it"
+        )
+    return made
+
+
+def _drops(name, layer):
+    """Whether a layer is, or holds, dropout that is on; raises where it takes no key for it."""
+    if not any(isinstance(node, Dropout) and node.drops for _, node in nnx.iter_graph(layer)):
         return False
+    parameters = inspect.signature(layer.__call__).parameters.values()
+    if not any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
+        kind = type(layer).__name__
+        raise UserError(f"{name} is a {kind} that holds dropout; let its __call__ take rngs and pass them on")
+    return True
 
 
 def _holds_a_neuron(layer):

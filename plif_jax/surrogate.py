@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import erfc
 
+from plif_jax.dtypes import is_floating, is_real
 from plif_jax.errors import UserError
 
 
@@ -52,10 +53,15 @@ def traced_is_data(setting):
     return nnx.data(setting) if isinstance(setting, jax.core.Tracer) else setting
 
 
+def check_param_dtype(param_dtype):
+    """Raises a UserError unless parameters of this type can have gradients."""
+    if not is_floating(param_dtype):
+        raise UserError(f"param_dtype is {param_dtype!r}; what is learned is of a floating-point type, float say")
+
+
 def _finite(alpha):
     """Whether it is a finite real number."""
-    dtype = np.asarray(alpha).dtype
-    return (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)) and math.isfinite(alpha)
+    return is_real(np.asarray(alpha).dtype) and math.isfinite(alpha)
 
 
 class Surrogate(nnx.Module):
@@ -69,10 +75,11 @@ class Surrogate(nnx.Module):
       param_dtype: of alpha where it is a parameter.
 
     Raises:
-      UserError: alpha is not one finite number.
+      UserError: alpha is not one finite number, param_dtype no floating-point type.
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
+        check_param_dtype(param_dtype)
         value = alpha.get_value() if isinstance(alpha, nnx.Variable) else alpha
         if np.ndim(value):
             raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")

@@ -194,6 +194,11 @@ class TwoStates(neurons.IF):
         (lambda ax: plots.spike_maps(ax, np.ones((4, 2))), r"spikes of shape \(4, 2\); give \[T, H, W, C\]"),
         (lambda ax: plots.confusion_matrix(ax, np.ones((2, 2)), ["a"]), r"\(2, 2\) for 1 classes"),
         (lambda ax: plots.confusion_matrix(ax, np.ones(2)), r"counts of shape \(2,\); give \[label, prediction\]"),
+        (lambda ax: plots.firing_rates(ax, {}), "there are no layers to draw; give what `recording.record` returns"),
+        (lambda ax: plots.spike_maps(ax, np.ones((4, 5, 5, 3)), [3]), r"channels are \[3\]; give some of the 3"),
+        (lambda ax: plots.spike_maps(ax, np.ones((4, 5, 5, 3)), []), r"channels are \[\]; give some of the 3"),
+        (lambda ax: plots.spike_maps(ax, np.ones((4, 5, 5, 3)), 1), "channels are 1; .* as a list"),
+        (lambda ax: plots.event_frames(ax, np.ones((4, 5, 5, 2)), columns=0), "columns is 0; give how many frames"),
         (lambda ax: plots.save_gif(np.ones((0, 4, 4, 2)), "a.gif"), r"frames of shape \(0, 4, 4, 2\); .*one entry"),
     ],
 )

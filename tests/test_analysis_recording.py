@@ -178,6 +178,33 @@ def test_a_neuron_of_several_states_is_refused_in_a_line():
         recording.charge_fire_reset(Double(), jnp.ones((3, 4)))
 
 
+def test_of_a_neuron_of_several_states_all_but_its_membranes_is_recorded():
+    class Double(neurons.IF):
+        def rest(self, x):
+            return jnp.stack([super().rest(x)] * 2)
+
+        def step(self, states, x):
+            v, s = super().step(states[0], x)
+            return jnp.stack([v, states[1]]), s
+
+    def recorded(neuron, **more):
+        table = {"static_conv": [], "conv": [], "fc": [networks.flatten, lambda net, shape, rngs: (neuron, shape)]}
+        net = networks.SpikingNet(table, (1, 2, 3), 2, T=4, rngs=nnx.Rngs(0))
+        return recording.record(net, jax.random.uniform(jax.random.key(0), (4, 5, 1, 2, 3)), **more)
+
+    for more in ({}, {"neurons": 2}, {"batch_size": 2}):
+        (rates, layers), (expected_rates, expected) = recorded(Double(), **more), recorded(neurons.IF(), **more)
+        assert layers["fc.1"].charges is layers["fc.1"].membranes is None
+        np.testing.assert_array_equal(rates, expected_rates)
+        for field in ("currents", "spikes", "firing_rate", "neuron_rate"):
+            np.testing.assert_array_equal(getattr(layers["fc.1"], field), getattr(expected["fc.1"], field))
+
+
+def test_counting_nothing_is_refused_in_a_line(net):
+    with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to count; give at least one"):
+        operations.count(net, jnp.zeros((4, 0, 34, 34, 2)))
+
+
 def test_recording_nothing_is_refused_in_a_line(net):
     with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to record; give at least one"):
         recording.record(net, jnp.zeros((4, 0, 34, 34, 2)))

@@ -133,6 +133,8 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
     [
         ("-inti_tau 3", "unknown argument -inti_tau; did you mean -init_tau?"),
         ("-use_pilf", "did you mean -use_plif?"),
+        ("-lr 1e-3", "unknown argument -lr; did you mean -learning_rate?"),
+        ("-tau 4", "unknown argument -tau; did you mean -init_tau?"),
         ("-max 3", "unknown argument -max; did you mean -max_epoch?"),
         ("-T 1_0", "-T 1_0: T is a whole number"),
         ("-init_tau 1_6.0", "-init_tau 1_6.0: init_tau is a number"),

@@ -1,4 +1,4 @@
-"""Steps of one's own: under `jax.shard_map`, which checks what differs between devices; settings that JAX traces."""
+"""A training step of one's own under `jax.shard_map`, which checks what differs from device to device."""
 
 import jax
 import jax.numpy as jnp
@@ -172,23 +172,3 @@ def test_of_explicit_axes_it_says_how_to_make_them_automatic():
         found = jax.jit(jax.sharding.auto_axes(gradient, out_sharding=P()))(params, shared)
     for mine, whole in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(gradient)(params, x)), strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=1e-4 * float(jnp.abs(whole).max()))
-
-
-def test_thresholds_and_resets_may_be_mapped_and_differentiated():
-    x = jax.random.normal(jax.random.key(0), (8, 20)) * 2
-
-    def total(v_threshold, v_reset):
-        return (neurons.PLIF(v_threshold=v_threshold, v_reset=v_reset)(x) * x).sum()
-
-    pairs = jnp.asarray([0.5, 1.0]), jnp.asarray([0.0, 0.1])
-    np.testing.assert_allclose(jax.vmap(total)(*pairs), list(map(total, *pairs)), rtol=1e-6)
-    learned = neurons.PLIF(v_threshold=nnx.Param(jnp.float32(1)), v_reset=nnx.Param(jnp.float32(0.1)))
-    expected = nnx.grad(lambda neuron: (neuron(x) * x).sum())(learned)
-    found = jax.grad(total, (0, 1))(1.0, 0.1)
-    np.testing.assert_allclose(found, (expected.v_threshold[...], expected.v_reset[...]), rtol=1e-5)
-
-
-@pytest.mark.parametrize("make", [neurons.LIF, neurons.PLIF])
-def test_a_traced_tau_is_told_how_tau_is_learned(make):
-    with pytest.raises(UserError, match=r"tau is a value that JAX traces; give a number: PLIF\(init_tau=2\.0\) learns"):
-        jax.jit(lambda tau: make(tau).tau)(2.0)

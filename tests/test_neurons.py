@@ -298,35 +298,6 @@ def test_no_timestep_leaves_the_membrane_alone():
 # Mistakes
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan, math.inf, "2", np.array([2.0, 3.0])])
-def test_tau_of_one_or_less_is_refused(tau):
-    with pytest.raises(UserError, match=r"above 1 timestep"):
-        neurons.PLIF(tau)
-    with pytest.raises(UserError, match=r"above 1 timestep"):
-        neurons.LIF(tau)
-
-
-@pytest.mark.parametrize(("given", "said"), [(surrogate.ATan, "ATan"), ("atan", "'atan'")])
-def test_a_surrogate_is_made_before_it_is_given(given, said):
-    with pytest.raises(UserError, match=rf"surrogate is {said}; give one that is made"):
-        neurons.PLIF(surrogate=given)
-
-
-@pytest.mark.parametrize("value", [[1.0, 2.0], "1", None, surrogate.ATan()])
-def test_a_threshold_is_a_number(value):
-    with pytest.raises(UserError, match=r"v_threshold is of type .*; give a number, an array, or an nnx") as error:
-        neurons.LIF(v_threshold=value)
-    assert "\n" not in str(error.value)
-    if value is not None:
-        with pytest.raises(UserError, match="v_reset is of type"):
-            neurons.LIF(v_reset=value)
-
-
-def test_a_tau_that_is_learned_is_plifs():
-    with pytest.raises(UserError, match=r"tau is an nnx.Param; give a number: PLIF\(init_tau=2.0\) learns tau"):
-        neurons.LIF(nnx.Param(2.0))
-
-
 @pytest.mark.parametrize(("x", "says"), [(1.0, r"one number; give \[T, "), (jnp.ones(2, complex), "of type complex64")])
 def test_a_current_has_an_axis_of_time_and_is_real(x, says):
     with pytest.raises(UserError, match=f"currents are {says}"):

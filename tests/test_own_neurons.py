@@ -1,5 +1,7 @@
 """Neurons of a user's own: several states, other variables, other outputs, no tau."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from flax import nnx
 from reference import cases
 
 from plif_jax import networks, neurons, surrogate
-from plif_jax.training import loop
+from plif_jax.errors import UserError
+from plif_jax.training import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -129,3 +132,59 @@ def test_neurons_without_one_tau_are_trained_and_no_tau_is_told(settings, tmp_pa
     assert result["tau"] == result["tau_before"] == {} and list(result["alpha"]) == ["conv.2"]
     (line,) = [line for line in said if line.startswith("epoch ")]
     assert "tau" not in line
+
+
+class PerNeuron(neurons.PLIF):
+    def __init__(self, n):
+        super().__init__()
+        self.w = nnx.Param(jnp.zeros(n))
+
+
+def with_neuron(make):
+    """The quickstart's network with a neuron of one's own."""
+
+    class Net(networks.SpikingNet):
+        def __init__(self, T, *, channels, number_layer, **flags):
+            own = lambda net, shape, rngs: (make(), shape)  # noqa: E731
+            conv = [networks.conv(channels), networks.norm, own, networks.pool]
+            fc = [networks.flatten, networks.linear(100), networks.neuron]
+            super().__init__({"static_conv": [], "conv": conv, "fc": fc}, (34, 34, 2), 10, T=T, **flags)
+
+    return Net
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        (
+            nnx.Variable,
+            r"conv\.2\.v_threshold is an nnx\.Variable; training learns each nnx\.Param and keeps each nnx\.Ba",
+        ),
+        (jnp.asarray, r"conv\.2\.v_threshold is an array; training learns each nnx\.Param"),
+    ],
+)
+def test_what_training_neither_learns_nor_keeps_is_refused(settings, tmp_path, monkeypatch, of, said):
+    monkeypatch.setitem(networks.NETWORKS, "Digits", with_neuron(lambda: neurons.IF(v_threshold=of(jnp.ones(())))))
+    with pytest.raises(UserError, match=said):
+        loop.train(settings(log_dir_prefix=str(tmp_path)), say=None)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda: Synaptic(), r"params/conv/2/decay\S* is missing there, \(\) here"),
+        (lambda: neurons.IF(), r"params/conv/2/w\S* is \(\) there, missing here"),
+        (lambda: PerNeuron(2), r"params/conv/2/w\S* is \(\) there, \(2,\) here"),
+    ],
+)
+def test_the_checkpoint_of_another_network_is_refused_in_a_line(settings, tmp_path_factory, monkeypatch, other, said):
+    folder = tmp_path_factory.getbasetemp() / "networks"
+    config = settings(log_dir_prefix=str(folder), max_epoch=1)
+    monkeypatch.setitem(networks.NETWORKS, "Digits", with_neuron(neurons.PLIF))
+    loop.train(config, say=None)
+    monkeypatch.setitem(networks.NETWORKS, "Digits", with_neuron(other))
+    longer = dataclasses.replace(config, max_epoch=2)
+    for read in (lambda: loop.train(longer, say=None), lambda: checkpoint.load_network(config.run_dir)):
+        with pytest.raises(UserError, match=f"is of another network than the code makes now: {said}. Go back") as told:
+            read()
+        assert "\n" not in str(told.value)

@@ -1,11 +1,12 @@
 """What a network of a user's own table takes: layers that hold neurons, states, types."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import networks, neurons
+from plif_jax import layers, networks, neurons
 from plif_jax.errors import UserError
 
 X = jnp.full((2, 1, 8, 8, 2), 2.5)
@@ -21,6 +22,21 @@ class Block(nnx.Module):
         return x + self.neuron(x)
 
 
+class Dropping(nnx.Module):
+    """One that holds dropout."""
+
+    def __init__(self):
+        self.dropout = layers.Dropout(0.5)
+
+    def __call__(self, x, rngs=None):
+        return self.dropout(x, rngs)
+
+
+class Careless(Dropping):
+    def __call__(self, x):
+        return self.dropout(x)
+
+
 def flat(conv=(), **settings):
     fc = [networks.flatten, networks.linear(6), networks.neuron]
     table = {"static_conv": [], "conv": conv, "fc": fc}
@@ -29,7 +45,7 @@ def flat(conv=(), **settings):
     return net
 
 
-def with_block():
+def with_block(Block=Block):
     return flat([lambda net, shape, rngs: (Block(), shape)])
 
 
@@ -37,6 +53,15 @@ def test_a_block_with_neurons_of_its_own_runs_from_rest():
     expected = flat()(X + neurons.PLIF()(X))
     np.testing.assert_array_equal(with_block()(X), expected)
     assert (expected != flat()(X)).any()
+
+
+def test_dropout_within_a_layer_of_ones_own_gets_the_key_of_its_place():
+    drop = lambda net, shape, rngs: (layers.Dropout(0.5), shape)  # noqa: E731
+    net, x, keys = with_block(Dropping), jnp.repeat(X, 5, 1), jax.random.split(jax.random.key(3), 5)
+    np.testing.assert_array_equal(net(x, rngs=keys), flat([drop])(x, rngs=keys))
+    assert (net(x, rngs=keys) != flat()(x)).any()
+    net.eval()
+    np.testing.assert_array_equal(net(x), flat()(x))
 
 
 def test_membranes_may_come_in_any_sequence():
@@ -55,6 +80,21 @@ def test_membranes_may_come_in_any_sequence():
         (lambda: flat().unroll(0, X), "state is a int; give the tuple of membranes"),
         (lambda: flat().unroll({}, X), "state is a dict; give the tuple of membranes"),
         (lambda: flat()(X.astype(complex)), "input of type complex64; give real numbers"),
+        (lambda: with_block(Dropping)(X), "dropout in training mode needs a key"),
+        (
+            lambda: with_block(Careless)(X, rngs=jax.random.key(0)),
+            r"conv\.0 is a Careless .* let its __call__ take rngs",
+        ),
+        (lambda: flat([neurons.PLIF()]), r"conv\.0 of the table is PLIF, no builder; give norm, conv\(8\), or"),
+        (lambda: flat([networks.norm, neurons.PLIF]), r"conv\.1 of the table is PLIF, no builder"),
+        (lambda: flat([networks.conv]), r"conv\.0 of the table is conv, no builder"),
+        (lambda: flat([8]), r"conv\.0 of the table is int, no builder"),
+        (lambda: flat([lambda net, shape, rngs: neurons.PLIF()]), r"conv\.0 of the table makes a PLIF; a builder"),
+        (lambda: flat([networks.conv(0)]), r"conv\(0\): a layer has a whole number of features, 1 or more"),
+        (lambda: flat([networks.conv(8.0)]), r"conv\(8\.0\): a layer has a whole number of features"),
+        (lambda: flat([networks.flatten, networks.linear(0)]), r"linear\(0\): a layer has a whole number of features"),
+        (lambda: networks.NMNISTNet(T=2, rngs=nnx.Rngs(dropout=1)), r"the streams dropout; give nnx\.Rngs\(0\), or"),
+        (lambda: layers.vote(jnp.ones((2, 1, 10)), 3), "10 outputs for 3 classes; give as many for each class"),
         (lambda: flat(dtype="bf"), "dtype is 'bf'; give a floating-point type"),
         (lambda: flat(dtype=jnp.int32), "dtype is .*int32.*; give a floating-point type"),
     ],

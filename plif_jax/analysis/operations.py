@@ -48,12 +48,14 @@ def count(net, x) -> dict[str, LayerOperations]:
       {layer name: LayerOperations} in the order of the layers.
 
     Raises:
-      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron.
+      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron; x is empty.
     """
     for name, layer in net.named_layers().items():
         known = isinstance(layer, nnx.Conv | nnx.Linear | nnx.BatchNorm | BatchNorm | Neuron)
         if not known and any(isinstance(node, nnx.Param) for _, node in nnx.iter_graph(layer)):
             raise UserError(f"{name} is a {type(layer).__name__}, whose operations nobody here can count")
+    if 0 in np.shape(x):
+        raise UserError(f"x of shape {np.shape(x)} holds nothing to count; give at least one sample and one timestep")
     graphdef, state = nnx.split(net)
     shapes = {}
 
@@ -81,14 +83,16 @@ def fan_out(layer, shape) -> np.ndarray:
     It is the layer's transpose, all weights 1, applied to ones: so strides, padding and groups are all respected.
     """
     graphdef, weights = nnx.split(layer)
-    return np.rint(np.asarray(_reached(graphdef, shape, weights), np.float64)).astype(np.int64)
+    # Made on the host: XLA would compute what follows from constants while it compiles.
+    ones = jax.tree.map(lambda weight: np.ones(weight.shape, np.float32), weights)
+    return np.rint(np.asarray(_reached(graphdef, shape, ones), np.float64)).astype(np.int64)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _reached(graphdef, shape, weights):
-    ones = nnx.merge(graphdef, jax.tree.map(jnp.ones_like, weights))
-    ones.dtype = jnp.float32  # counts are whole, which bfloat16 would round
-    y, transpose = jax.vjp(ones, jnp.zeros((1, *shape), jnp.float32))
+def _reached(graphdef, shape, ones):
+    layer = nnx.merge(graphdef, ones)
+    layer.dtype = jnp.float32  # counts are whole, which bfloat16 would round
+    y, transpose = jax.vjp(layer, jnp.zeros((1, *shape), jnp.float32))
     return transpose(jnp.ones_like(y))[0][0]
 
 

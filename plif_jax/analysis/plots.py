@@ -117,6 +117,8 @@ def raster(ax, spikes_TN, title="", ylabel="neuron"):
 
 def firing_rates(ax, layers: Mapping[str, LayerRecord]):
     """Heat map of the share of each layer's neurons that fire at each timestep, mean over samples, with the figures."""
+    if not layers:
+        raise UserError("there are no layers to draw; give what `recording.record` returns, {name: LayerRecord}")
     rates_LT = 100 * np.array([np.asarray(layer.firing_rate).mean(1) for layer in layers.values()])
     L, T = rates_LT.shape
     image = ax.imshow(rates_LT, cmap="cividis", aspect="auto", vmin=0, extent=(0.5, T + 0.5, L - 0.5, -0.5))
@@ -150,9 +152,11 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
       channels: the eight that spike most if None.
     """
     spikes_THWC = _array("spikes", spikes_THWC, "T, H, W, C").astype(np.float32)
-    T, H, W, _ = spikes_THWC.shape
+    T, H, W, C = spikes_THWC.shape
     if channels is None:
         channels = np.sort(np.argsort(-spikes_THWC.sum((0, 1, 2)), kind="stable")[:8])
+    elif np.ndim(channels) != 1 or not len(channels) or not set(channels) <= set(range(C)):
+        raise UserError(f"channels are {channels}; give some of the {C} channels, counted from 0, as a list")
     maps = np.moveaxis(spikes_THWC[..., channels], -1, 0).reshape(-1, H, W)
     picture, gap = _mosaic(maps, T, fill=np.nan)  # nan shows the axis, white
     ax.imshow(picture, cmap="cividis", vmin=0, vmax=1)
@@ -167,6 +171,8 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
     colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
+    if columns < 1:
+        raise UserError(f"columns is {columns}; give how many frames lie side by side, 1 or more")
     columns = min(columns, T)
     picture, gap = _mosaic(colors, columns, fill=0.5)
     ax.imshow(picture)

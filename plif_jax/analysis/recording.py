@@ -4,6 +4,7 @@ A recording watches a `SpikingNet` from outside, layer by layer. The network sta
 looks; membranes are computed again from the currents, and kept of the chosen neurons only.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,9 @@ class LayerRecord:
     """
 
     currents: jax.Array  # x [T, B, ...], the input of the neurons
-    charges: jax.Array  # h [T, B, ...], the membrane after charging and before the reset: it fires where h >= threshold
-    membranes: jax.Array  # v [T, B, ...], the membrane after the reset: what the next timestep starts from
+    # The next two are None where neurons have several states.
+    charges: jax.Array | None  # h [T, B, ...], after charging and before the reset: it fires where h >= threshold
+    membranes: jax.Array | None  # v [T, B, ...], after the reset: what the next timestep starts from
     spikes: jax.Array  # s [T, B, ...], 0 or 1
     firing_rate: jax.Array  # [T, B], share of all neurons of the layer that fired
     neuron_rate: jax.Array  # layer's own shape, share of all timesteps and samples in which each neuron fired
@@ -128,6 +130,8 @@ def _layer_record(neuron, currents, spikes, index):
     if index is not None and not index.size:
         nothing = jnp.zeros((T, B, 0), currents.dtype)
         return LayerRecord(nothing, nothing, nothing, nothing, firing_rate, neuron_rate)
+    if neuron.rest(currents).shape != currents.shape[1:]:
+        return LayerRecord(of_chosen(currents), None, None, of_chosen(spikes), firing_rate, neuron_rate)
     # All neurons charge, for a neuron of one's own may have parameters for each; what is kept is what was chosen.
     charges, membranes, _ = charge_fire_reset(neuron, currents, of_chosen)
     return LayerRecord(of_chosen(currents), charges, membranes, of_chosen(spikes), firing_rate, neuron_rate)
@@ -160,7 +164,8 @@ def _joined(parts):
         along_batch = {
             field: jnp.concatenate([getattr(r, field) for r in records], axis=1)
             for field in ("currents", "charges", "membranes", "spikes", "firing_rate")
+            if getattr(records[0], field) is not None
         }
         neuron_rate = sum(w * r.neuron_rate for w, r in zip(share, records, strict=True))
-        joined[name] = LayerRecord(**along_batch, neuron_rate=neuron_rate)
+        joined[name] = dataclasses.replace(records[0], **along_batch, neuron_rate=neuron_rate)
     return jnp.concatenate(rates), joined

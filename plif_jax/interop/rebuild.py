@@ -3,7 +3,8 @@
 Names and shapes tell which network it is, its widths and depth, and whether tau and alpha are learned. The rest is in
 whole-object files. For a plain state dict the tau of LIF and, in the paper's networks, the kind of pooling have to be
 given. What is left is the paper's unless given; in SpikingJelly's networks T is 8, and threshold, reset and surrogate
-are its defaults.
+are its defaults. A whole object with decay_input=False is refused; a plain state dict does not tell that it had been
+trained so, and gives a network whose currents are divided by tau.
 """
 
 import jax.numpy as jnp

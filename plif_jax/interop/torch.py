@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from plif_jax.dtypes import is_real
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm
 from plif_jax.networks import Flatten
@@ -136,11 +137,7 @@ def _weights(name, array):
         array = np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch's tensors that want a gradient
         raise UserError(f"{name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}") from None
-    if (
-        array.dtype.kind != "b"
-        and not jnp.issubdtype(array.dtype, jnp.integer)
-        and not jnp.issubdtype(array.dtype, jnp.floating)
-    ):
+    if array.dtype.kind != "b" and not is_real(array.dtype):
         raise UserError(f"{name} holds {array.dtype}; weights are real numbers")
     return array
 

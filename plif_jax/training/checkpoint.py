@@ -236,7 +236,7 @@ class Checkpoints:
         """The newest checkpoint as (state, progress), placed as `template` is; None where there is none.
 
         Raises:
-          UserError: the checkpoint is of other settings; they are named.
+          UserError: the checkpoint is of other settings, which are named, or of another network.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -328,8 +328,21 @@ def _read_state(folder, template):
     }
     args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        _refuse_another_network(folder, checkpointer.metadata(folder / "state").item_metadata.tree, abstract)
         arrays = checkpointer.restore(folder / "state", args=args)
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named])
+
+
+def _refuse_another_network(folder, saved, abstract):
+    there, here = ({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (saved, abstract))
+    differing = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    if differing:
+        name = min(differing, key=lambda name: not name.startswith("params"))  # what follows from it comes before
+        there, here = (str(shapes[name]) if name in shapes else "missing" for shapes in (there, here))
+        raise UserError(
+            f"{folder} is of another network than the code makes now: {name} is {there} there, {here} here. Go back to "
+            "that network, or train this one under another -log_dir_prefix"
+        )
 
 
 def load_network(run: str | Path, kind: str = "best"):
@@ -343,7 +356,7 @@ def load_network(run: str | Path, kind: str = "best"):
       (config, net)
 
     Raises:
-      UserError: the folder is not a run's, or has no sound checkpoint; or an unknown kind.
+      UserError: the folder is not a run's, has no sound checkpoint, or one of another network; or an unknown kind.
 
     JAX computes in 64 bits afterwards where the run did, and in 32 where not.
     """

@@ -201,7 +201,7 @@ class Run:
         self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)
-        loss, accuracy = sums / max(count, 1)
+        loss, accuracy = (sums / max(count, 1)).tolist()
         return {"loss": loss, "train_accuracy": accuracy}
 
     def call_sizes(self, done):

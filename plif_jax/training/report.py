@@ -7,12 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from plif_jax import __version__
 from plif_jax.curves import summary, tau_of
+from plif_jax.dtypes import is_real
 from plif_jax.neurons import PLIF
 from plif_jax.training.logs import read_metrics
 
@@ -41,8 +41,7 @@ def tau(neuron) -> float | None:
     # On the host: the arrays may span other processes' devices.
     tau = tau_of(neuron.w[...]) if isinstance(neuron, PLIF) else getattr(neuron, "tau", None)
     tau = np.asarray(tau[...] if isinstance(tau, nnx.Variable) else tau)
-    real = jnp.issubdtype(tau.dtype, jnp.integer) or jnp.issubdtype(tau.dtype, jnp.floating)
-    return float(tau.reshape(())) if tau.size == 1 and real else None
+    return float(tau.reshape(())) if tau.size == 1 and is_real(tau.dtype) else None
 
 
 def samples_per_second(run) -> float | None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from plif_jax.data.batches import replicated
+from plif_jax.errors import UserError
 from plif_jax.networks import NETWORKS
 
 # The mapped axis over devices: what averages over the batch averages over it too.
@@ -64,9 +66,19 @@ def adam(config, steps_per_epoch):
 
 
 def create(config, optimizer, devices):
-    """The network's static half and a fresh `TrainState`, whole on each of the devices."""
+    """The network's static half and a fresh `TrainState`, whole on each of the devices.
+
+    Raises:
+      UserError: a layer of one's own holds what is neither learned nor kept.
+    """
     net = network(config)
     net.set_attributes(axis_name=AXIS)
-    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    graphdef, params, batch_stats, other = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
+    for path, value in nnx.to_flat_state(other):
+        kind = "an array" if isinstance(value, jax.Array | np.ndarray) else f"an nnx.{type(value).__name__}"
+        raise UserError(
+            f"{'.'.join(map(str, path))} is {kind}; training learns each nnx.Param and keeps each nnx.BatchStat: "
+            "make it one of these (dropout is layers.Dropout, which has no random state)"
+        )
     state = TrainState(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.asarray(True))
     return graphdef, jax.device_put(jax.device_get(state), replicated(devices))

@@ -1,0 +1,16 @@
+"""Which types of numbers are which, JAX's own, bfloat16 say, among them."""
+
+import jax.numpy as jnp
+
+
+def is_floating(dtype):
+    """Whether it is a floating-point type; what is no type is none."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+def is_real(dtype):
+    """Whether it is a floating-point type or one of whole numbers; a complex one, text and truth values are none."""
+    return is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)

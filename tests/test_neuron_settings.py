@@ -1,0 +1,89 @@
+"""What neurons are made of: time constants, potentials, surrogates; and those that JAX traces."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plif_jax import neurons, surrogate
+from plif_jax.errors import UserError
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan, math.inf, "2", np.array([2.0, 3.0])])
+def test_tau_of_one_or_less_is_refused(tau):
+    with pytest.raises(UserError, match=r"above 1 timestep"):
+        neurons.PLIF(tau)
+    with pytest.raises(UserError, match=r"above 1 timestep"):
+        neurons.LIF(tau)
+
+
+@pytest.mark.parametrize(("given", "said"), [(surrogate.ATan, "ATan"), ("atan", "'atan'")])
+def test_a_surrogate_is_made_before_it_is_given(given, said):
+    with pytest.raises(UserError, match=rf"surrogate is {said}; give one that is made"):
+        neurons.PLIF(surrogate=given)
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], "1", None, surrogate.ATan()])
+def test_a_threshold_is_a_number(value):
+    with pytest.raises(UserError, match=r"v_threshold is of type .*; give a number, an array, or an nnx") as error:
+        neurons.LIF(v_threshold=value)
+    assert "\n" not in str(error.value)
+    if value is not None:
+        with pytest.raises(UserError, match="v_reset is of type"):
+            neurons.LIF(v_reset=value)
+
+
+@pytest.mark.parametrize("value", [np.complex64(1j), np.array(["1", "2"]), jnp.array(True)])
+@pytest.mark.parametrize("name", ["v_threshold", "v_reset"])
+def test_a_potential_is_real(name, value):
+    with pytest.raises(UserError, match=f"{name} is .*; a potential is a real number, or an array of them"):
+        neurons.LIF(**{name: value})
+
+
+@pytest.mark.parametrize("shape", [(2,), (7, 3), (5, 2, 3)])
+@pytest.mark.parametrize("name", ["v_threshold", "v_reset"])
+def test_potentials_fit_the_currents(name, shape):
+    neuron = neurons.LIF(**{name: np.full(shape, 0.5)})
+    with pytest.raises(UserError, match=rf"{name} of shape {re.escape(str(shape))} does not fit .* = \(4, 2, 3\)"):
+        neuron(jnp.ones((4, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3), (2, 3)])
+def test_potentials_may_be_spread_over_neurons(shape):
+    alike, x = np.full(shape, 0.5), jnp.linspace(0, 2, 24).reshape(4, 2, 3)
+    np.testing.assert_array_equal(neurons.LIF(v_threshold=alike)(x), neurons.LIF(v_threshold=0.5)(x))
+
+
+def test_what_is_learned_is_of_a_floating_point_type():
+    for make in (neurons.PLIF, surrogate.ATan):
+        with pytest.raises(UserError, match=r"param_dtype is .*int.*; what is learned is of a floating-point type"):
+            make(param_dtype=int)
+
+
+def test_a_tau_that_is_learned_is_plifs():
+    with pytest.raises(UserError, match=r"tau is an nnx.Param; give a number: PLIF\(init_tau=2.0\) learns tau"):
+        neurons.LIF(nnx.Param(2.0))
+
+
+def test_thresholds_and_resets_may_be_mapped_and_differentiated():
+    x = jax.random.normal(jax.random.key(0), (8, 20)) * 2
+
+    def total(v_threshold, v_reset):
+        return (neurons.PLIF(v_threshold=v_threshold, v_reset=v_reset)(x) * x).sum()
+
+    pairs = jnp.asarray([0.5, 1.0]), jnp.asarray([0.0, 0.1])
+    np.testing.assert_allclose(jax.vmap(total)(*pairs), list(map(total, *pairs)), rtol=1e-6)
+    learned = neurons.PLIF(v_threshold=nnx.Param(jnp.float32(1)), v_reset=nnx.Param(jnp.float32(0.1)))
+    expected = nnx.grad(lambda neuron: (neuron(x) * x).sum())(learned)
+    found = jax.grad(total, (0, 1))(1.0, 0.1)
+    np.testing.assert_allclose(found, (expected.v_threshold[...], expected.v_reset[...]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [neurons.LIF, neurons.PLIF])
+def test_a_traced_tau_is_told_how_tau_is_learned(make):
+    with pytest.raises(UserError, match=r"tau is a value that JAX traces; give a number: PLIF\(init_tau=2\.0\) learns"):
+        jax.jit(lambda tau: make(tau).tau)(2.0)
