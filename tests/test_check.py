@@ -51,7 +51,12 @@ def test_what_is_never_fetched_says_what_to_put_there(here):
 
 
 def test_digits_need_no_files_wherever_data_lies(here):
-    assert checks.check("Digits", here, here / "cache").startswith("Digits: 1442 of 1442 for training, 355 of 355")
+    assert checks.check("Digits", here).startswith("Digits: 1442 of 1442 for training, 355 of 355")
+
+
+def test_a_folder_that_is_none_is_told_for_digits_too(here):
+    with pytest.raises(UserError, match="nowhere is not a folder: give the folder that holds the data sets"):
+        checks.check("Digits", here / "nowhere")
 
 
 def test_a_picture_that_cannot_be_written_is_said(here):

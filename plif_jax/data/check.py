@@ -39,9 +39,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
 
 def _events(name, data_root, cache_dir):
     """Describe recordings, and integrate a few into rows of frames [H, T W, 3]."""
-    if name == "Digits":
-        data_root = None  # it needs no files, as in training
-    elif data_root is None:
+    if data_root is None and name != "Digits":
         data_root = cache_dir / "downloads" / name
         if name not in downloads.ARCHIVES:
             raise UserError(downloads.BY_HAND[name])
@@ -50,7 +48,8 @@ def _events(name, data_root, cache_dir):
         if not fetched:
             recut = " (tonic's cut of it, 1077 + 264)" if name == "DVS128Gesture" else ""
             raise UserError(NOT_FETCHED.format(name=name + recut, folder=data_root))
-    found = recordings.find(name, data_root, cache_dir) if data_root else events.locate(name, None, cache_dir)
+    find = events.locate if name == "Digits" else recordings.find  # written where they are missing
+    found = find(name, data_root, cache_dir)
     if found is None:
         raise UserError(f"no recordings of {name} are in {data_root}; looked for {recordings.LAYOUTS[name]}.")
     files = {recording.path for recording in found.train + found.test}

@@ -7,7 +7,7 @@ import numpy as np
 from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.data import digits, downloads, event_cache, frames, recordings
-from plif_jax.data.dataset import Dataset, Split, check_name, default_cache_dir
+from plif_jax.data.dataset import Dataset, Split, check_name, default_cache_dir, existing
 from plif_jax.errors import UserError
 
 
@@ -74,7 +74,9 @@ def load(
 
 def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.Found:
     """Find the recordings of an event data set under `data_root`, or fetch them into `cache_dir`."""
-    if name == "Digits":
+    if name == "Digits":  # which needs no files
+        if data_root is not None:
+            existing(data_root)
         return recordings.find(name, digits.ensure(cache_dir), cache_dir)
     if data_root is not None:
         found = recordings.find(name, data_root, cache_dir, cifar10dvs_split)
