@@ -171,7 +171,7 @@ def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp
     config.run_dir.mkdir()
     (config.run_dir / "config.json").write_text(config.to_json())
     fill(config.checkpoint_dir, (5, 10), scores=(0.9, 0.5))
-    examined, read, reached = checkpoint._examined, checkpoint._read_state, []
+    examined, read, reached = checkpoint.examined, checkpoint._read_state, []
 
     def then_removed(folder):
         found = examined(folder)
@@ -182,7 +182,7 @@ def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp
         reached.append(path.name)
         return read(path, state_of(5)) if path.name == "5" else pytest.fail(path.name)
 
-    monkeypatch.setattr(checkpoint, "_examined", then_removed)
+    monkeypatch.setattr(checkpoint, "examined", then_removed)
     monkeypatch.setattr(checkpoint, "_read_state", read_or_fail)
     with pytest.raises(pytest.fail.Exception, match=r"^10$"):
         checkpoint.load_network(config.run_dir)
@@ -251,7 +251,7 @@ def test_a_step_killed_while_it_is_saved_again_is_kept(tmp_path, monkeypatch):
     checkpoints.save(state_of(10), {"epoch": 3}, 0.5)
     checkpoints._writing.result()
     checkpoints._lock.close()
-    assert kept(tmp_path) == [5] and [path.name for path in checkpoint._examined(tmp_path)[0]] == ["replaced_10", "5"]
+    assert kept(tmp_path) == [5] and [path.name for path in checkpoint.examined(tmp_path)[0]] == ["replaced_10", "5"]
     assert restored(tmp_path) == (10, [])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["10", "5"]
 

@@ -1,18 +1,15 @@
 """Checkpoints: Orbax writes them in the background, a seal tells whether one can be trusted.
 
-One folder per step holds the state's arrays by name, a JSON record of the settings and the progress, and the seal, the
-checksum of every file. It is put on before the folder gets its name, and looked at before Orbax sees the folder: the
-libraries that read arrays can crash on damaged bytes. Kept are the last two, the best, and one every four hours.
-Nothing is pickled.
+One folder per step holds the state's arrays by name, a JSON record of the settings and the progress, and the seal, put
+on before the folder gets its name, and looked at before Orbax sees it. Kept are the last two, the best, and one every
+four hours. Nothing is pickled.
 """
 
 import contextlib
 import copy
 import dataclasses
 import fcntl
-import hashlib
 import json
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,12 +25,9 @@ from plif_jax.config import Config
 from plif_jax.errors import UserError
 from plif_jax.training import devices
 from plif_jax.training import state as states
+from plif_jax.training.seals import PUT_BY, SEAL, damage_of, digests, examined, step_of, steps
 
 KEEP_EVERY_SECONDS = 4 * 3600
-SEAL = "sha256.json"
-ITEMS = ("state", "record", "metrics")
-PUT_BY = "replaced_"
-MISSING = "files are missing, or its seal"
 
 # Settings that do not change what a step computes: a run may continue with other values.
 MAY_CHANGE = {
@@ -123,17 +117,17 @@ class Checkpoints:
     def _seal_finished(self):
         if jax.process_index() == 0:
             for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                (folder / SEAL).write_text(json.dumps(_digests(folder)))
+                (folder / SEAL).write_text(json.dumps(digests(folder)))
 
     def _set_damaged_aside(self):
         for path in self.folder.glob(f"{PUT_BY}*"):  # by a program that was killed before it had written another
-            step = self.folder / str(_step(path))
-            if step.exists() and _damage(step) is None:
+            step = self.folder / str(step_of(path))
+            if step.exists() and damage_of(step) is None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 shutil.rmtree(step, ignore_errors=True)
                 path.rename(step)
-        sound, damaged, half_removed = _examined(self.folder)
+        sound, damaged, half_removed = examined(self.folder)
         half_written = self.folder.glob("*.orbax-checkpoint-tmp*")  # of a program that was killed
         for path in (*half_removed, *half_written):
             shutil.rmtree(path, ignore_errors=True)
@@ -202,7 +196,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             for path in self.folder.glob(f"{PUT_BY}*"):
-                if (self.folder / str(_step(path))).exists():  # not after a save that failed
+                if (self.folder / str(step_of(path))).exists():  # not after a save that failed
                     shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self):
@@ -227,8 +221,8 @@ class Checkpoints:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
-            good = _steps(self.folder)
-            kept = f"the last good one is of step {_step(good[0])}" if good else "there is no earlier one"
+            good = steps(self.folder)
+            kept = f"the last good one is of step {step_of(good[0])}" if good else "there is no earlier one"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
 
@@ -260,62 +254,6 @@ class Checkpoints:
             )
 
 
-def _steps(folder):
-    """The finished checkpoints in a folder, the newest first, those among them for which others are being written."""
-    found = {_step(path): path for path in folder.glob(f"{PUT_BY}*")}
-    found |= {_step(path): path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)}
-    return [found[step] for step in sorted(found, reverse=True)]
-
-
-def _step(path):
-    """The step of a checkpoint's folder."""
-    return int(path.name.removeprefix(PUT_BY))
-
-
-def _examined(folder):
-    """The checkpoints in a folder, newest first: the sound ones, {damaged: what is wrong}, those half removed.
-
-    A program that was killed while it removed an old checkpoint leaves a part of it.
-    """
-    sound, damaged, half_removed = [], {}, []
-    for path in _steps(folder):
-        damage = _damage(path)
-        if damage is None:
-            sound.append(path)
-        elif damage == MISSING and sound:
-            half_removed.append(path)
-        else:
-            damaged[path] = damage
-    return sound, damaged, half_removed
-
-
-def _digests(folder):
-    """{file: its SHA-256} of what is read from a checkpoint's folder."""
-    files = [path for item in ITEMS for path in (folder / item).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(files)}
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damage(folder):
-    """What is wrong with a checkpoint; None where it is as it was written."""
-    try:
-        sealed = json.loads((folder / SEAL).read_bytes())
-        if {name.split("/")[0] for name in sealed} != set(ITEMS):
-            return "its seal does not name its files"
-        wrong = [name for name, digest in sealed.items() if _sha256(folder / name) != digest]
-    except FileNotFoundError:
-        return MISSING
-    except OSError as error:
-        return error.strerror
-    except (ValueError, AttributeError, RecursionError):
-        return "its seal is not what was written"
-    return f"{wrong[0]} is not what was written" if wrong else None
-
-
 def _read_record(folder):
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder / "record")
@@ -328,7 +266,8 @@ def _read_state(folder, template):
     }
     args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        _refuse_another_network(folder, checkpointer.metadata(folder / "state").item_metadata.tree, abstract)
+        if saved := checkpointer.metadata(folder / "state").item_metadata:  # none where a part is gone
+            _refuse_another_network(folder, saved.tree, abstract)
         arrays = checkpointer.restore(folder / "state", args=args)
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named])
 
@@ -390,7 +329,7 @@ def load_network(run: str | Path, kind: str = "best"):
 
 def _read_chosen(folder, kind, template):
     """The state of a folder's best or latest sound checkpoint."""
-    sound, damaged, _ = _examined(folder)
+    sound, damaged, _ = examined(folder)
     for path, damage in damaged.items():
         print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
     if not sound:
