@@ -8,7 +8,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from plif_jax.data import storage
 from plif_jax.errors import UserError
@@ -48,6 +47,8 @@ def write_recording(path, events):
 
 def _write_all(folder):
     """Record every digit and write the recordings under `folder`."""
+    from sklearn.datasets import load_digits  # which takes a second to import, and is needed once
+
     images_N88, labels_N = load_digits(return_X_y=True)
     images_N88 = images_N88.reshape(-1, 8, 8) / 16
     rank_in_class = np.zeros(len(labels_N), int)
