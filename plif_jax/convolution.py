@@ -5,6 +5,7 @@ one of few channels, as frames have, is a product of patches: cuDNN is slow at t
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ PATCH_CHANNELS = 3
 KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
+@partial(jax.jit, inline=True)  # a call outside jit is one program, without a conditional of devices
 def conv3x3(x, kernel):
     """3x3 convolution, padding 1, stride 1, of x [N, H, W, C] with kernel [3, 3, C, O]: [N, H, W, O].
 

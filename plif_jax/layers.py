@@ -286,6 +286,7 @@ def _even(x):
     return x[..., :H, :W, :]
 
 
+@partial(jax.jit, inline=True)  # a call outside jit is one program
 def max_pool(x):
     """2x2 max pooling of x [..., H, W, C] whose gradient goes to the first maximum, row-major, as in PyTorch.
 
@@ -321,6 +322,7 @@ def _max_pool_backward(first, g):
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+@partial(jax.jit, inline=True)
 def avg_pool(x):
     """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped."""
     a, b, c, d = _windows(_floating(_even(x)))

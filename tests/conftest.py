@@ -120,6 +120,7 @@ def whole(settings, tmp_path_factory):
 @pytest.fixture
 def kernels(monkeypatch):
     """Neurons take the kernels on this machine too, interpreted; the results of `fits` are listed."""
+    jax.clear_caches()  # what was traced without them
     fitted = []
 
     def fits(*arguments):
@@ -140,6 +141,7 @@ def kernels(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """JAX believes that it has an H100, for which it can lower what it cannot run."""
+    jax.clear_caches()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability="9.0")])
     if importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):

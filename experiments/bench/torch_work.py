@@ -57,8 +57,8 @@ def _plif(mode):
 
 def _neuron(spec):
     shape = (spec["T"], spec["N"])
-    x = (torch.randn(shape) * 1.5 + 0.6).to(DEVICE).requires_grad_()
-    g = torch.randn(shape).to(DEVICE)
+    x = (torch.randn(shape, device=DEVICE) * 1.5 + 0.6).requires_grad_()
+    g = torch.randn(shape, device=DEVICE)
     plif = _plif("m").to(DEVICE)
 
     def call():
