@@ -1,4 +1,4 @@
-"""Four virtual CPU devices, one cache of compiled programs and one of prepared data, before anything imports JAX.
+"""Four virtual CPU devices, a cache each of compiled programs, bytecode and prepared data, before JAX is imported.
 
 Warnings of our own code are errors, and so is rank promotion.
 """
@@ -6,6 +6,7 @@ Warnings of our own code are errors, and so is rank promotion.
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from functools import partial
 from types import SimpleNamespace
@@ -16,12 +17,15 @@ os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores dea
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 # The workers of pytest-xdist and the programs that tests start find the caches of who set them up: they compile once,
-# and record the digits once.
+# and record the digits once. Where Python is told to keep no bytecode, each would take 8 seconds to import.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["PLIF_JAX_CACHE"] = tempfile.mkdtemp(prefix="plif_jax_tests_")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["PLIF_JAX_CACHE"], "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.environ["PLIF_JAX_CACHE"], "bytecode")
 
 import jax
 import pytest
