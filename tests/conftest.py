@@ -4,6 +4,7 @@ Warnings of our own code are errors, and so is rank promotion.
 """
 
 import importlib
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -16,6 +17,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is mos
 os.environ.setdefault("NPROC", "16")  # several virtual devices on few cores deadlock with as few threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # What wrote elementwise loops before compiles in a third of the time; later XLA has it no more.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The workers of pytest-xdist and the programs that tests start find the caches of who set them up: they compile once,
 # and record the digits once. Where Python is told to keep no bytecode, each would take 8 seconds to import.
 if "PYTEST_XDIST_WORKER" not in os.environ:

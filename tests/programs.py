@@ -44,7 +44,7 @@ class Program:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "NPROC": "16",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
         with self.output.open("a") as output:

@@ -247,3 +247,13 @@ def test_the_batches_that_fit_are_told(monkeypatch):
     suites.train(bench, names=["MNIST"], batches=["largest"], precisions=["float32"], modes=["multi-step"])
     (told,) = bench.rows
     assert told["case"] == "train MNIST batch=64 / 32 float32" and told["ratio"] == 2 and told["target"] is None
+
+
+def test_an_epoch_and_its_bare_steps_share_what_one_of_them_compiled(monkeypatch):
+    asked = {}
+    bench = suites.Bench("python", "python", 1, 1, False, [], print)
+    monkeypatch.setattr(bench, "measure", lambda case, peers: (asked.update(peers) or {}, {}))
+    suites.pipeline(bench, name="Digits", data_root=None, train_samples=2, test_samples=2)
+    (_, _, as_run, one), (_, _, bare, other) = asked.values()
+    assert one == other and "JAX_COMPILATION_CACHE_DIR" in one
+    assert (as_run.pop("bare"), bare.pop("bare")) == (False, True) and as_run == bare

@@ -1,5 +1,6 @@
 """What a run's settings make of its network and its data: each of them must arrive there."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,25 @@ def test_the_seed_draws_the_weights():
         state.network(Config(dataset_name="Digits", seed=seed)).conv[0].kernel[...] for seed in (1, 1, 2)
     )
     assert (first == again).all() and (first != other).any()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_shapes_alone_are_those_of_a_fresh_state_and_draw_nothing(precision, settings, monkeypatch):
+    config = settings(precision=precision, alpha_learnable=True)
+    made = state.create(config, state.adam(config, 1), jax.devices()[:2])
+
+    def drawn(key, shape, *_):
+        assert isinstance(key, jax.core.Tracer)
+        return jnp.zeros(shape)
+
+    monkeypatch.setattr(networks, "torch_default_init", drawn)
+    graphdef, shapes = state.create(config, state.adam(config, 1), jax.devices()[:2], abstract=True)
+
+    def fact(leaf):
+        return leaf.shape, leaf.dtype, leaf.sharding
+
+    assert graphdef == made[0]
+    assert jax.tree.map(fact, shapes) == jax.tree.map(fact, made[1])
 
 
 def test_the_settings_of_the_data_reach_them(monkeypatch):

@@ -313,7 +313,7 @@ def load_network(run: str | Path, kind: str = "best"):
     folder = run.parent / f"pt_{run.name}"
     states.set_precision(config)
     devices.start()
-    graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1])
+    graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1], abstract=True)
     try:
         state = _read_chosen(folder, kind, template)
     except (FileNotFoundError, ValueError) as error:  # Orbax's, of a folder of which a part is gone

@@ -65,13 +65,13 @@ def adam(config, steps_per_epoch):
     return optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8)
 
 
-def create(config, optimizer, devices):
-    """The network's static half and a fresh `TrainState`, whole on each of the devices.
+def create(config, optimizer, devices, abstract=False):
+    """The network's static half and a fresh `TrainState`, whole on each of the devices; `abstract`: shapes alone.
 
     Raises:
       UserError: a layer of one's own holds what is neither learned nor kept.
     """
-    net = network(config)
+    net = nnx.eval_shape(lambda: network(config)) if abstract else network(config)
     net.set_attributes(axis_name=AXIS)
     graphdef, params, batch_stats, other = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
     for path, value in nnx.to_flat_state(other):
@@ -80,5 +80,12 @@ def create(config, optimizer, devices):
             f"{'.'.join(map(str, path))} is {kind}; training learns each nnx.Param and keeps each nnx.BatchStat: "
             "make it one of these (dropout is layers.Dropout, which has no random state)"
         )
-    state = TrainState(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.asarray(True))
-    return graphdef, jax.device_put(jax.device_get(state), replicated(devices))
+
+    def state():
+        return TrainState(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.asarray(True))
+
+    everywhere = replicated(devices)
+    if abstract:
+        shapes = jax.eval_shape(state)
+        return graphdef, jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), shapes)
+    return graphdef, jax.device_put(jax.device_get(state()), everywhere)
