@@ -167,9 +167,9 @@ def _neuron_from_nir(name, node, dt, layers):
 
 
 def _filled(layer, kernel, bias):
-    layer.kernel[...] = jnp.asarray(kernel, float)
+    layer.kernel[...] = jnp.array(kernel, float)  # a copy: on a CPU `asarray` may borrow the caller's memory
     if bias is not None:
-        layer.bias[...] = jnp.asarray(bias, float)
+        layer.bias[...] = jnp.array(bias, float)
     return layer
 
 

@@ -133,6 +133,8 @@ def _counter_names(names):
 
 def _weights(name, array):
     """An array of real numbers as NumPy's."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UserError(f"{name} is a masked array; give one that holds all its numbers")
     try:
         array = np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch's tensors that want a gradient
@@ -144,7 +146,7 @@ def _weights(name, array):
 
 def _some(names):
     """The first ten of many names; a file may have any number."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def state_dict(net):
@@ -183,6 +185,11 @@ def load_state_dict(net, arrays):
         expected = jax.eval_shape(to_torch, variable[...]).shape
         if array.shape != expected:
             raise UserError(f"{name} has shape {array.shape}; this {type(net).__name__} takes {expected}")
-        values.append(jnp.asarray(from_torch(array), variable[...].dtype))
+        # A copy: on a CPU `asarray` may borrow the caller's memory, in which a PyTorch network trains on.
+        with np.errstate(over="ignore"):  # said here
+            value = jnp.array(from_torch(array), variable[...].dtype)
+        if (jnp.isinf(value) & np.isfinite(from_torch(array))).any():
+            raise UserError(f"{name} holds numbers beyond the largest of {value.dtype}")
+        values.append(value)
     for (_, variable, *_), value in zip(entries, values, strict=True):
         variable[...] = value
