@@ -11,6 +11,7 @@ A neuron of your own is a subclass with a `charge` of its own; it gets the fast 
 """
 
 import math
+import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ class Neuron(nnx.Module):
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
 
     Raises:
-      UserError: surrogate is no function, or a class in place of one that is made; a potential is no number.
+      UserError: surrogate is no function, or a class in place of one that is made; a potential is no number,
+        detach_reset neither True nor False.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Neuron(nnx.Module):
                 raise UserError(f"{name} is of type {kind}; give a number, an array, or an nnx.Param to be learned")
             if value is not None and not is_real(getattr(value, "dtype", float)):
                 raise UserError(f"{name} is {value!r}; a potential is a real number, or an array of them")
+        check_switch("detach_reset", detach_reset)
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):
@@ -121,6 +124,8 @@ class Neuron(nnx.Module):
         if v is not None:
             if np.shape(v) != rest.shape:
                 raise UserError(f"membrane of shape {np.shape(v)} does not fit currents of shape [T, ...] = {x.shape}")
+            if not is_real(v.dtype if hasattr(v, "dtype") else np.asarray(v).dtype):
+                raise UserError("the membrane v is not of real numbers; give what an earlier call returned")
             v = jnp.asarray(v, rest.dtype)
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
@@ -247,10 +252,18 @@ class PLIF(Neuron):
         return _leaky(v, x, self.v_reset, self.k.astype(v.dtype))
 
 
+def check_switch(name, value):
+    """Raises a UserError unless a setting is True or False: a word, "no" say, would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} is {value!r}; give True or False")
+
+
 def _checked_tau(name, tau):
     if isinstance(tau, nnx.Variable | jax.core.Tracer):
         kind = "a value that JAX traces" if isinstance(tau, jax.core.Tracer) else f"an nnx.{type(tau).__name__}"
         raise UserError(f"{name} is {kind}; give a number: PLIF(init_tau=2.0) learns tau and starts from it")
-    if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < math.inf:
-        raise UserError(f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
+    # Far below where float32 ends; with so large a one nothing charges.
+    if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < 1e30:
+        given = reprlib.repr(tau)
+        raise UserError(f"{name} is {given}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
     return float(tau)

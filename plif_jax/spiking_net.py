@@ -34,9 +34,9 @@ class SpikingNet(nnx.Module):
       rngs: source of the initial weights.
 
     Raises:
-      UserError: T is not a whole number from 1, tau not above 1, rngs no nnx.Rngs for weights, or a feature map too
-        small to be pooled; the table lacks a part or has another, holds what is no builder or a neuron in static_conv,
-        or does not end in a group of outputs for each class.
+      UserError: T is not a whole number from 1, a switch neither True nor False, tau not above 1, rngs no nnx.Rngs for
+        weights, or a feature map too small to be pooled; the table lacks a part or has another, holds what is no
+        builder or a neuron in static_conv, or does not end in a group of outputs for each class.
     """
 
     PARTS = ("static_conv", "conv", "fc")
@@ -68,6 +68,9 @@ class SpikingNet(nnx.Module):
             raise UserError(
                 f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
             )
+        switches = dict(use_plif=use_plif, use_max_pool=use_max_pool, alpha_learnable=alpha_learnable)
+        for name, value in switches.items():
+            neurons.check_switch(name, value)
         if set(table) != set(self.PARTS):
             raise UserError(
                 f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"

@@ -64,6 +64,13 @@ def _finite(alpha):
     return is_real(np.asarray(alpha).dtype) and math.isfinite(alpha)
 
 
+def _setting(name, value):
+    """A number beside alpha, checked, to assign to a module."""
+    if not isinstance(value, jax.core.Tracer) and (np.ndim(value) or not _finite(value)):
+        raise UserError(f"{name} is {value!r}; give a finite number")
+    return traced_is_data(value)
+
+
 class Surrogate(nnx.Module):
     """Base of the spike functions: s = 1 where x >= 0, else 0; ds/dx := g'(x).
 
@@ -145,7 +152,7 @@ class PiecewiseQuadratic(Surrogate):
 
     def primitive(self, x):
         inside = 0.5 + self.alpha * x - 0.5 * self.alpha**2 * jnp.abs(x) * x
-        return jnp.where(jnp.abs(x) <= 1 / self.alpha, inside, (x > 0).astype(x.dtype))
+        return jnp.where(jnp.abs(x) > 1 / self.alpha, (x > 0).astype(x.dtype), inside)
 
     def derivative(self, x):
         return jnp.maximum(0, self.alpha - self.alpha**2 * jnp.abs(x))
@@ -176,6 +183,9 @@ class SoftSign(Surrogate):
 
     def derivative(self, x):
         return self.alpha / (2 * (1 + jnp.abs(self.alpha * x)) ** 2)
+
+    def alpha_derivative(self, x):  # by autodiff the square of a large x, so NaN
+        return x / (2 * (1 + jnp.abs(self.alpha * x)) ** 2)
 
 
 class SuperSpike(Surrogate):
@@ -260,12 +270,12 @@ class LogTailedReLU(Surrogate):
 class S2NN(Surrogate):
     """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022).
 
-    SpikingJelly states g with 1 in place of 1/2, which jumps at 0; g' is the same.
+    SpikingJelly's documentation has 1 in place of 1/2, which would jump at 0; its code has 1/2, and g' is the same.
     """
 
     def __init__(self, alpha: float = 4.0, beta: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.beta = traced_is_data(beta)
+        self.beta = _setting("beta", beta)
 
     def primitive(self, x):
         return jnp.where(x < 0, jax.nn.sigmoid(self.alpha * x), self.beta * jnp.log1p(jnp.maximum(x, 0)) + 0.5)
@@ -280,7 +290,7 @@ class LeakyKReLU(Surrogate):
 
     def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.leak = traced_is_data(leak)
+        self.leak = _setting("leak", leak)
 
     def primitive(self, x):
         return jnp.where(x >= 0, self.alpha, self.leak) * x
@@ -294,7 +304,7 @@ class PiecewiseLeakyReLU(Surrogate):
 
     def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        self.c = traced_is_data(c)
+        self.c = _setting("c", c)
 
     def primitive(self, x):
         outside = self.c * (x - jnp.sign(x) * self.alpha) + jnp.where(x > 0, 1, 0)
@@ -312,6 +322,8 @@ class SquarewaveFourierSeries(Surrogate):
 
     def __init__(self, n: int = 2, alpha: float = 8.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
+        if not isinstance(n, int | np.integer) or n < 2:
+            raise UserError(f"n is {n!r}; a whole number from 2, with which there is one harmonic")
         self.harmonics = range(1, 2 * n - 2, 2)
 
     def primitive(self, x):

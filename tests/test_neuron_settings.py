@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import neurons, surrogate
+from plif_jax import networks, neurons, surrogate
 from plif_jax.errors import UserError
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan, math.inf, "2", np.array([2.0, 3.0])])
+@pytest.mark.parametrize("tau", [1.0, 0.0, -2.0, math.nan, math.inf, 10**400, "2", np.array([2.0, 3.0])])
 def test_tau_of_one_or_less_is_refused(tau):
     with pytest.raises(UserError, match=r"above 1 timestep"):
         neurons.PLIF(tau)
@@ -42,6 +42,36 @@ def test_a_threshold_is_a_number(value):
 def test_a_potential_is_real(name, value):
     with pytest.raises(UserError, match=f"{name} is .*; a potential is a real number, or an array of them"):
         neurons.LIF(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_switch_is_true_or_false(value):
+    with pytest.raises(UserError, match=rf"^detach_reset is {value!r}; give True or False"):
+        neurons.PLIF(detach_reset=value)
+    for name in ("use_plif", "use_max_pool", "alpha_learnable", "detach_reset"):
+        with pytest.raises(UserError, match=rf"^{name} is {value!r}; give True or False"):
+            networks.NMNISTNet(channels=2, rngs=nnx.Rngs(0), **{name: value})
+
+
+@pytest.mark.parametrize("v", [np.array([None, None]), np.array([1j, 0])])
+def test_a_membrane_is_real(v):
+    with pytest.raises(UserError, match="the membrane v is not of real numbers"):
+        neurons.PLIF().unroll(v, jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n: surrogate.S2NN(beta=n), surrogate.LeakyKReLU, lambda n: surrogate.PiecewiseLeakyReLU(c=n)]
+)
+@pytest.mark.parametrize("value", ["1", math.nan, [1.0, 2.0]])
+def test_what_a_surrogate_has_besides_alpha_is_a_number(make, value):
+    with pytest.raises(UserError, match=r"^(beta|leak|c) is .*; give a finite number"):
+        make(value)
+
+
+@pytest.mark.parametrize("n", [1, 0, 2.5, "3"])
+def test_a_square_wave_has_a_harmonic(n):
+    with pytest.raises(UserError, match=rf"^n is {n!r}; a whole number from 2"):
+        surrogate.SquarewaveFourierSeries(n)
 
 
 @pytest.mark.parametrize("shape", [(2,), (7, 3), (5, 2, 3)])

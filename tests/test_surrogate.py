@@ -99,6 +99,16 @@ def test_a_plain_number_fires_and_has_a_gradient(x64):
     np.testing.assert_allclose(jax.grad(surrogate.ATan())(0.3), surrogate.ATan().derivative(0.3), rtol=1e-15)
 
 
+@every_class
+def test_the_primitive_of_no_number_is_none(cls):
+    assert np.isnan(cls().primitive(jnp.float32(np.nan)))
+
+
+def test_a_learned_alpha_has_a_gradient_however_large_the_current():
+    far = surrogate.SoftSign(learnable=True).alpha_derivative(jnp.array([-1e30, 1e30], jnp.float32))
+    np.testing.assert_array_equal(far, 0)
+
+
 def test_alpha_is_one_number():
     for alpha in ("2", None, float("nan"), 2 + 1j, jnp.inf):
         with pytest.raises(UserError, match=r"alpha is .*; a surrogate's steepness is a finite number"):
