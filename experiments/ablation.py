@@ -181,11 +181,13 @@ def main(argv):
             fill(runs)
         finally:
             folder.mkdir(parents=True, exist_ok=True)
-            text = told(runs)
+            text, path = told(runs), folder / "ablation.md"
             print(f"\n{text}")
-            (folder / "ablation.md").write_text(text + "\n")
-            draw(runs, folder / "ablation.png")
-            print(f"\n{folder / 'ablation.md'}, {folder / 'ablation.png'}")
+            # Of nothing, the table of a call that was refused say, it replaces none.
+            if any(finished(run) for configs in runs.values() for run in configs) or not path.exists():
+                path.write_text(text + "\n")
+                draw(runs, path.with_suffix(".png"))
+                print(f"\n{path}, {path.with_suffix('.png')}")
 
 
 def fill(runs):

@@ -67,7 +67,7 @@ def parts_used(run, config):
     try:
         samples = json.loads((run / "result.json").read_text())["samples"]
         return reference.parts_used(samples, config.dataset_name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -266,6 +266,10 @@ def main(argv):
     parser.add_argument("-logs", default="logs/results", help="folder for the runs (default logs/results)")
     given, more = parser.parse_known_args(argv)
     refuse_unknown(more, [*(field.name for field in dataclasses.fields(config.Config)), "minutes", "logs"])
+    if not given.minutes > 0:
+        raise UserError(f"-minutes {given.minutes}: give a number of minutes above 0")
+    if more and not given.rows:
+        raise UserError(f"{more[0]} is for a run; before all flags give any of {', '.join(ROWS)}")
     unknown = [row for row in given.rows if row not in ROWS]
     if unknown:
         raise UserError(f"no row is called {unknown[0]}; before all flags give any of {', '.join(ROWS)}")

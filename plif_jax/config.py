@@ -38,12 +38,12 @@ class Config:
     """
 
     dataset_name: str = _field("data set", None, choices=tuple(DATASETS))
-    init_tau: float = _field("tau of LIF neurons, initial tau of PLIF neurons, in timesteps", 2.0, above=1)
+    init_tau: float = _field("tau of LIF neurons, initial tau of PLIF neurons, in timesteps", 2.0, above=1, below=1e30)
     use_plif: bool = _field("PLIF neurons, LIF otherwise", False)
     use_max_pool: bool = _field("max pooling, average otherwise", False)
     alpha_learnable: bool = _field("learn the surrogate's alpha", False)
     detach_reset: bool = _field("let no gradient through the reset", False)
-    T: int = _field("timesteps; the paper's for the data set if absent", None, least=1)
+    T: int = _field("timesteps; the paper's for the data set if absent", None, least=1, below=2**31)
     channels: int = _field(
         "width of the convolutions, event data only; the data set's usual one if absent", None, least=1
     )
@@ -161,14 +161,16 @@ class Config:
         """The settings of a run, from its folder.
 
         Raises:
-          UserError: its config.json is damaged.
-          OSError: it cannot be read.
+          UserError: its config.json is damaged, or cannot be read.
+          FileNotFoundError, NotADirectoryError: there is none.
         """
         path = Path(folder) / "config.json"
         try:
             return cls.from_json(path.read_bytes())
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except (UserError, OSError) as error:
+            raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -328,8 +330,9 @@ def load(path: str | Path) -> Config:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"-config {path}: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"-config {path}: {type(error).__name__}: {first}") from None
     if not isinstance(getattr(module, "config", None), Config):
         raise UserError(f"-config {path}: defines no `config = Config(...)`")
     return module.config

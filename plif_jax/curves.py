@@ -5,6 +5,7 @@ training process can draw.
 """
 
 import math
+import re
 import textwrap
 
 import numpy as np
@@ -56,8 +57,9 @@ def tau_of(w):
 
 
 def w_tags(metrics) -> list[str]:
-    """The tags w0, w1, ... that a run logged, in the order of the layers; none for LIF."""
-    return sorted((tag for tag in metrics if tag[0] == "w" and tag[1:].isdigit()), key=lambda tag: int(tag[1:]))
+    """The tags w0, w1, ... that a run logged, in the order of the layers; none for LIF, or before the first epoch."""
+    tags = [tag for tag in metrics if re.fullmatch("w[0-9]{1,9}", tag) and any(step for step, _ in metrics[tag])]
+    return sorted(tags, key=lambda tag: int(tag[1:]))
 
 
 def infer_steps_per_epoch(metrics) -> int | None:

@@ -119,6 +119,20 @@ def test_a_failing_run_still_leaves_the_table(flags, monkeypatch, capsys):
     assert "| CIFAR10 | LIF, tau = 2 | - | - | - | 0 | - |" in printed
 
 
+def test_a_table_of_nothing_replaces_none(flags, monkeypatch, tmp_path):
+    def refuse(run):
+        raise UserError("no data")
+
+    monkeypatch.setattr(ablation.data, "load", refuse)
+    kept = tmp_path / "logs" / "ablation.md"
+    for there in (False, True):
+        assert kept.exists() == there
+        with pytest.raises(UserError, match="no data"):
+            ablation.main(["-datasets", "MNIST", *flags])
+        assert (kept.read_text() == "a table\n") == there
+        kept.write_text("a table\n")
+
+
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("during", ["the loading of data", "the training"])
 def test_a_signal_that_training_does_not_hear_still_leaves_the_table(flags, monkeypatch, tmp_path, asked, during):

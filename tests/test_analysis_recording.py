@@ -90,7 +90,7 @@ def test_wrong_choices_are_named(net, frames):
     for wrong in ([0, 5], -1, True):
         with pytest.raises(UserError, match=r"neurons is .*; give how many, or \{layer: indices\} for some of conv\.2"):
             recording.record(net, frames, wrong)
-    with pytest.raises(UserError, match=r"neurons of fc\.6 are \[0\.7\]; give whole numbers"):
+    with pytest.raises(UserError, match=r"neurons of fc\.6 are \[0\.7\]; give a list of whole numbers"):
         recording.record(net, frames, {"fc.6": [0.7]})
     with pytest.raises(UserError, match="batch_size is -1; give 1 or more"):
         recording.record(net, frames, batch_size=-1)
@@ -208,6 +208,21 @@ def test_counting_nothing_is_refused_in_a_line(net):
 def test_recording_nothing_is_refused_in_a_line(net):
     with pytest.raises(UserError, match=r"x of shape \(4, 0, 34, 34, 2\) holds nothing to record; give at least one"):
         recording.record(net, jnp.zeros((4, 0, 34, 34, 2)))
+
+
+@pytest.mark.parametrize("given", [3, [[0], [1]], [[0], [1, 2]], [0.5], "0"])
+def test_chosen_neurons_are_a_list(net, given):
+    with pytest.raises(UserError, match=r"neurons of fc\.3 are .*; give a list of whole numbers, counted from 0"):
+        recording.record(net, jnp.zeros((4, 1, 34, 34, 2)), {"fc.3": given})
+
+
+def test_a_layer_by_another_kind_of_name_is_unknown(net):
+    with pytest.raises(UserError, match="no spiking layer 3; this network's are conv"):
+        recording.record(net, jnp.zeros((4, 1, 34, 34, 2)), {3: [0], "x": [0]})
+
+
+def test_no_operations_are_a_table_too():
+    assert operations.table({}).splitlines()[-1].startswith("energy 0.00 uJ against 0.00 uJ")
 
 
 class PerChannel(neurons.Neuron):

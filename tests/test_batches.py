@@ -69,6 +69,14 @@ def test_partition_refuses_too_few_samples():
         batches.partition(Config(dataset_name="MNIST"), dataset)
 
 
+@pytest.mark.parametrize(("ratio", "more"), [(0.02, "-train_samples 500 or more, or a"), (0.001, "a")])
+def test_what_leaves_none_to_validate_is_told_with_what_helps(ratio, more):
+    dataset = Dataset("MNIST", split_of(600), split_of(10), "here")
+    config = Config(dataset_name="MNIST", val_ratio=ratio, train_samples=100)
+    with pytest.raises(UserError, match=f"no sample for val: give {more} larger -val_ratio"):
+        batches.partition(config, dataset)
+
+
 @pytest.mark.parametrize("val_ratio", [None, 0.15])
 def test_partition_refuses_no_training_samples(val_ratio):
     dataset = Dataset("MNIST", split_of(0), split_of(10), "here")

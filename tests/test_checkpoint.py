@@ -92,9 +92,11 @@ def test_settings_of_event_networks_may_differ_for_images(tmp_path, name, refuse
             assert int(checkpoints.restore(state_of(0))[0]["step"]) == 5
 
 
-def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"runs\[1\]/x: \S in it; give -log_dir_prefix"):
+def test_a_folder_that_orbax_cannot_read_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"runs\[1\]/x: give a -log_dir_prefix without [\[\]]"):
         checkpoint.Checkpoints(tmp_path / "runs[1]" / "x", CONFIG)
+    with pytest.raises(UserError, match=r"l\\udcc3\\udcb6gs': set PYTHONUTF8=1"):  # ö without UTF-8
+        checkpoint.Checkpoints(tmp_path / "l\udcc3\udcb6gs", CONFIG)
 
 
 def test_where_files_cannot_be_locked_that_is_said(tmp_path, monkeypatch):

@@ -127,6 +127,19 @@ def test_compare_prints_and_draws(run, published, capsys):
     assert "mind:  of 50000 samples for training ours had 1000\n\n" in capsys.readouterr().out
 
 
+def test_what_only_looks_like_a_time_constant_is_none():
+    metrics = {"": [(1, 0.0)], "w²": [(1, 0.0)], "w" + "1" * 5000: [(1, 0.0)], "w0": [], "w1": [(0, 0.0)], "w2": W}
+    assert curves.w_tags(metrics) == ["w2"]
+    assert curves.infer_steps_per_epoch(metrics) == 3125
+
+
+def test_settings_that_cannot_be_read_are_not_called_missing(run, published):
+    (run / "config.json").unlink()
+    (run / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json: Is a directory"):
+        compare.main([str(run), "-reference", str(published)])
+
+
 def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
     drawn, one = {}, {"test_accuracy": [(0, 0.5)], "w0": [(10, 0.1)]}
     monkeypatch.setattr(compare, "figure", lambda *args, **kwargs: drawn.setdefault("figure", figure(*args, **kwargs)))

@@ -150,6 +150,8 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST -init_tau inf", "-init_tau inf: init_tau must be finite"),
         ("-dataset_name NMNIST -init_tau two", "init_tau is a number"),
         ("-dataset_name NMNIST -T 0", "-T 0: T must be at least 1"),
+        ("-dataset_name NMNIST -init_tau 1e31", "init_tau must be below 1e+30"),
+        (f"-dataset_name NMNIST -T {2**31}", "T must be below 2147483648"),
         ("-dataset_name NMNIST -T 2.5", "T is a whole number"),
         ("-dataset_name NMNIST -channels 0", "channels must be at least 1"),
         ("-dataset_name NMNIST -number_layer 6", "can be halved 5 times; give 1 to 5"),
@@ -196,3 +198,13 @@ def test_a_broken_config_file_is_named(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as error:
         parse(["-config", str(path)])
     assert "mine.py" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("import sys\nsys.exit()", "SystemExit: "), ("raise ValueError('a\\nb')", "ValueError: a")]
+)
+def test_a_configuration_that_does_not_run_is_told_in_a_line(tmp_path, text, said):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["-config", str(tmp_path / "c.py")])
+    assert str(error.value).endswith(said)

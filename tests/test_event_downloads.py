@@ -91,7 +91,7 @@ def test_a_full_disk_is_not_taken_for_a_bad_answer(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(downloads, "download_url", full)
-    with pytest.raises(UserError, match=r"NMNIST cannot be written: No space left on device\. Free space there"):
+    with pytest.raises(UserError, match=r"NMNIST cannot be written: No space left on device\. Mend that"):
         downloads.fetch("NMNIST", tmp_path)
 
 

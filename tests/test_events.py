@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half(data, parts_of_
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(UserError, match=r"train\.npy cannot be written: File too large\. Free space") as error:
+        with pytest.raises(UserError, match=r"train\.npy cannot be written: File too large\. Mend that") as error:
             load(data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

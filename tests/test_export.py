@@ -69,8 +69,9 @@ def test_a_fixed_batch_is_refused_another():
     assert exported.call(some_input(True, 2)).shape == (2, CLASSES)
     with pytest.raises(ValueError, match="shape"):
         exported.call(some_input(True, 3))
-    with pytest.raises(UserError, match="batch_size is 0"):
-        export.to_exported(trained(True), batch_size=0)
+    for size in (0, 1.5, "2", 2**31):
+        with pytest.raises(UserError, match=f"batch_size is {size!r}; give a whole number from 1"):
+            export.to_exported(trained(True), batch_size=size)
 
 
 LOAD = """

@@ -66,6 +66,13 @@ def test_a_run_that_takes_a_rows_place_removes_what_was_said_of_the_one_before(t
     assert json.loads((tmp_path / "digits.json").read_text()) == {"epochs": 2}
 
 
+@pytest.mark.parametrize("given", [["digits", "-minutes", "nan"], ["digits", "-minutes", "0"], ["-seed=3"]])
+def test_what_would_run_nothing_is_refused(given, monkeypatch):
+    monkeypatch.setattr(results, "write_page", lambda: pytest.fail("written"))
+    with pytest.raises(UserError, match=r"-minutes \S+: give a number of minutes above 0|-seed=3 is for a run"):
+        results.main(given)
+
+
 def test_each_row_has_its_share_of_the_time(monkeypatch):
     now, shares = 100.0, {}
 

@@ -148,7 +148,7 @@ def table(
     spiking, dense = energy(operations, accumulate_pj, multiply_accumulate_pj)
     usual = (accumulate_pj, multiply_accumulate_pj) == (ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ)
     lines.append(
-        f"energy {1e6 * spiking.mean():.2f} uJ against {1e6 * dense:.2f} uJ for one pass without spikes "
+        f"energy {1e6 * np.mean(spiking):.2f} uJ against {1e6 * dense:.2f} uJ for one pass without spikes "
         f"({accumulate_pj} pJ an accumulate, {multiply_accumulate_pj} pJ a multiply-accumulate"
         f"{', for 45 nm: Horowitz, ISSCC 2014' if usual else ''})"
     )

@@ -88,15 +88,23 @@ def _chosen(net, x, neurons):
     if not isinstance(neurons, Mapping):
         raise UserError(f"neurons is {neurons}; give how many, or {{layer: indices}} for some of {', '.join(sizes)}")
     if unknown := neurons.keys() - sizes.keys():
-        raise UserError(f"no spiking layer {min(unknown)}; this network's are {', '.join(sizes)}")
-    given = {name: np.asarray(neurons.get(name, ())) for name in sizes}
-    if wrong := [name for name, index in given.items() if index.size and index.dtype.kind not in "iu"]:
-        raise UserError(f"neurons of {wrong[0]} are {neurons[wrong[0]]}; give whole numbers, counted from 0")
-    chosen = {name: index.astype(int) for name, index in given.items()}
+        raise UserError(f"no spiking layer {min(unknown, key=str)}; this network's are {', '.join(sizes)}")
+    chosen = {name: _indices(name, neurons.get(name, ())) for name in sizes}
     for name, index in chosen.items():
         if (beyond := index[(index < 0) | (index >= sizes[name])]).size:
             raise UserError(f"neuron {beyond[0]} of {name}: it has {sizes[name]} neurons, counted from 0")
     return chosen
+
+
+def _indices(name, given):
+    """A layer's chosen neurons as indices [n]."""
+    try:
+        indices = np.asarray(given)
+        if indices.ndim == 1 and (not indices.size or indices.dtype.kind in "iu"):
+            return indices.astype(int)
+    except ValueError:  # lists of several lengths
+        pass
+    raise UserError(f"neurons of {name} are {given}; give a list of whole numbers, counted from 0")
 
 
 def evaluate(graphdef, state, x, observe):

@@ -65,7 +65,8 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
         )
         # so many of each class that one of them is left over
         enough = config.facts.classes * math.ceil(1 / config.val_ratio)
-        _refuse_empty(dataset, "val", val, f"-train_samples {enough} or more, or a larger -val_ratio")
+        more = f"-train_samples {enough} or more, or " if enough <= dataset.train.found else ""
+        _refuse_empty(dataset, "val", val, f"{more}a larger -val_ratio")
         parts |= {"train": train, "val": val}
     if len(parts["train"]) < config.batch_size:
         raise UserError(f"{len(parts['train'])} training samples make no batch of -batch_size {config.batch_size}")

@@ -57,8 +57,10 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    if not all(isinstance(side, int | np.integer) and side >= 1 for side in (height, width)):
+    if not all(isinstance(side, int | np.integer) and 1 <= side < 2**31 for side in (height, width)):
         raise UserError(f"a sensor of {height} x {width} pixels: height and width are whole numbers from 1.")
+    if int(T) * int(height) * int(width) >= 2**48:  # more than a machine could address
+        raise UserError(f"{T} frames of {height} x {width} pixels fit no memory: give a smaller T or sensor.")
     t_N, x_N, y_N, p_N = (integers(name, _column(events, name)) for name in "txyp")
     if t_N.dtype != np.int64:  # a difference may be larger than a smaller type holds
         t_N = t_N.astype(np.int64)
@@ -104,7 +106,12 @@ def _column(events, name):
 
 def integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
-    column = np.asarray(column)
+    if isinstance(column, np.ma.MaskedArray):
+        raise UserError(f"column {name} is masked: give the events that count, without a mask.")
+    try:
+        column = np.asarray(column)
+    except ValueError:  # lists of several lengths
+        raise UserError(f"column {name} is no array: give one number for each event.") from None
     if column.ndim != 1:
         raise UserError(f"column {name} has shape {list(column.shape)}: give one number for each event.")
     if column.dtype.kind in "ib" and column.dtype.isnative:

@@ -39,8 +39,7 @@ def locked(path):
 
 
 ADVICE = (
-    "Free space there, or choose another folder with -cache_dir or PLIF_JAX_CACHE, and run again: what is finished is "
-    "kept."
+    "Mend that, or choose another folder with -cache_dir or PLIF_JAX_CACHE, and run again: what is finished is kept."
 )
 
 

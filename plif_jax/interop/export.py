@@ -20,6 +20,7 @@ from flax import nnx
 from plif_jax import sequence
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
+from plif_jax.spiking_net import is_whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -36,10 +37,10 @@ def to_exported(net, batch_size=None):
       batch_size: B; None leaves it open, and the function takes any.
 
     Raises:
-      UserError: batch_size is below 1, or a batch norm cannot be folded.
+      UserError: batch_size is no whole number from 1, or a batch norm cannot be folded.
     """
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; give 1 or more, or nothing for any")
+    if batch_size is not None and not (is_whole(batch_size) and batch_size < 2**31):
+        raise UserError(f"batch_size is {batch_size!r}; give a whole number from 1, or nothing for any")
     graphdef, state = nnx.split(fold(net))
     B = jax.export.symbolic_shape("batch")[0] if batch_size is None else batch_size
     shape = (B, *net.shape) if net.static_conv else (net.T, B, *net.shape)

@@ -63,6 +63,16 @@ def _names(tree):
     }
 
 
+def check_place(folder: Path):
+    """Raises a UserError where Orbax cannot write, or, since it takes its paths for patterns, not read again."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # bytes that the locale's letters are not
+        raise UserError(f"checkpoints cannot lie in {str(folder)!a}: set PYTHONUTF8=1 for such letters") from None
+    if unfit := set("[]\\") & set(str(folder.absolute())):
+        raise UserError(f"checkpoints cannot lie in {folder}: give a -log_dir_prefix without {min(unfit)}")
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -78,9 +88,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: Config, say=print):
         self.folder, self.config, self.say = folder.absolute(), config, say
-        if unfit := set("[]\\") & set(str(self.folder)):
-            # Orbax takes its paths for patterns, and would write what it cannot read.
-            raise UserError(f"checkpoints cannot lie in {self.folder}: {min(unfit)} in it; give -log_dir_prefix")
+        check_place(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         with contextlib.ExitStack() as failing:

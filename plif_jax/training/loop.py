@@ -17,7 +17,7 @@ from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.neurons import PLIF
 from plif_jax.training import devices, distributed, report, signals, state, step
-from plif_jax.training.checkpoint import Checkpoints
+from plif_jax.training.checkpoint import Checkpoints, check_place
 from plif_jax.training.logs import Logs
 
 SAVE_EVERY_SECONDS = 600  # in the middle of an epoch: a kill costs no more of a long one
@@ -52,6 +52,7 @@ def train(config, say=print) -> dict:
         bars, say = False, lambda line: None
     chosen = devices.choose(config, say)
     devices.keep_compiled(chosen, config.cache_dir)
+    check_place(config.checkpoint_dir)
     try:  # what cannot be written should not cost the preparation of the data
         expanded(config.log_dir_prefix).mkdir(parents=True, exist_ok=True)
     except OSError as error:
