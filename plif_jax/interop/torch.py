@@ -57,18 +57,12 @@ def conv_from_torch(weight):
 
 def linear_to_torch(kernel, flat_shape):
     """(in, out) to (out, in); where the inputs are flattened (H, W, C), also puts them channel first."""
-    if flat_shape is not None:
-        kernel = kernel.reshape(*flat_shape, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-    return kernel.T
+    return values_to_torch(kernel.T, flat_shape)
 
 
 def linear_from_torch(weight, flat_shape):
     """(out, in) to (in, out); undoes `linear_to_torch`."""
-    kernel = weight.T
-    if flat_shape is not None:
-        H, W, C = flat_shape
-        kernel = kernel.reshape(C, H, W, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
-    return kernel
+    return values_from_torch(weight, flat_shape).T
 
 
 def _entries(net):
