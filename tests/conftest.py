@@ -138,7 +138,7 @@ def kernels(monkeypatch):
     whether = neuron_kernel.fits
     monkeypatch.setattr(neuron_kernel, "fits", fits)
     monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(neurons, "kernels", lambda: neuron_kernel)
+    monkeypatch.setattr(neurons, "kernels", lambda: None if sequence._scanning.get() else neuron_kernel)
     monkeypatch.setattr(
         sequence.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
     )

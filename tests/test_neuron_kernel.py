@@ -53,8 +53,7 @@ def test_a_kernel_gives_what_the_scan_gives(name, T, N, begun, last_bar, dtype, 
     arguments = NEURONS[name](), currents(1 if begun else T, N, dtype), v, last_bar, T
     found = run(*arguments)
     assert kernels and all(kernels)
-    with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "kernels", lambda: None)
+    with sequence.scanned():
         expected = run(*arguments)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
@@ -79,8 +78,7 @@ def test_a_training_step_runs_on_kernels(kernels):
 
     (now, metrics) = train()
     assert len(kernels) >= 2 * len(state.network(config).named_neurons()) and all(kernels)
-    with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "kernels", lambda: None)
+    with sequence.scanned():
         (expected, expected_metrics) = train()
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
     # Adam's first step is lr * sign(gradient), so the moments say more than the weights.
@@ -99,8 +97,7 @@ def test_a_gradient_has_a_gradient_and_maps_over_samples(kernels):
 
     interpreted = found()
     assert all(kernels) and kernels
-    with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "kernels", lambda: None)
+    with sequence.scanned():
         np.testing.assert_allclose(interpreted, found(), rtol=1e-5)
         np.testing.assert_allclose(interpreted, found(neurons.Neuron.unroll_by_autodiff), rtol=1e-5)
     assert np.abs(interpreted).min() > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import layers, networks, neurons, normalized, surrogate
+from plif_jax import layers, networks, neurons, normalized, sequence, surrogate
 
 
 def layers_and_currents(rows, B, size, C, dtype):
@@ -65,8 +65,7 @@ def test_it_gives_what_the_two_layers_give(rows, T, C, begun, last_bar, trains, 
     v = jax.random.normal(jax.random.key(2), x.shape[1:]) if begun else None
     ours = found(normalized.unroll, norm, neuron, x, T, v, last_bar)
     assert kernels and all(kernels)
-    with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "kernels", lambda: None)
+    with sequence.scanned():
         expected = found(one_after_the_other, norm, neuron, x, T, v, last_bar)
 
     def check(array, wanted):
@@ -93,8 +92,7 @@ def test_its_gradient_has_a_gradient(kernels):
 
     ours = jax.grad(partial(penalty, normalized.unroll))(x)
     assert kernels and all(kernels)
-    with pytest.MonkeyPatch.context() as scanning:
-        scanning.setattr(neurons, "kernels", lambda: None)
+    with sequence.scanned():
         expected = jax.grad(partial(penalty, by_autodiff))(x)
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
