@@ -27,26 +27,20 @@ def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
     Raises:
       UserError: the folder has no scalars, or their file is damaged.
     """
-    metrics = {}
-    for point in _read(Path(run) / FILE):
-        metrics.setdefault(point["tag"], []).append((point["step"], point["value"]))
-    return metrics
-
-
-def _read(path):
+    path, metrics = Path(run) / FILE, {}
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run: it has no {FILE}") from None
-    points = []
     for number, line in enumerate(lines, 1):
         try:
-            if line:
-                points.append(_point(line))
+            point = _point(line) if line else None
         except ValueError as error:
             mend = "the command that trained the run leaves the line out"
             raise UserError(f"{path} is damaged in line {number} ({error}); {mend}") from None
-    return points
+        if point:
+            metrics.setdefault(point["tag"], []).append((point["step"], point["value"]))
+    return metrics
 
 
 class Logs:
