@@ -1,4 +1,4 @@
-"""Training as programs of their own: started, killed, started again, and what they left compared."""
+"""Training as programs of their own: started, killed, started again."""
 
 import contextlib
 import os
@@ -9,13 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-from runs import tensorboard
-
 from plif_jax.config import Config
-from plif_jax.interop import torch
-from plif_jax.training import checkpoint
-from plif_jax.training.logs import read_metrics
 
 ROOT = Path(__file__).parents[1]
 # A run of seconds, whose neurons fire from the start.
@@ -102,17 +96,3 @@ def wait_for(condition, within=240):
 def saved(config) -> list[int]:
     """The steps of the finished checkpoints."""
     return sorted(int(path.name) for path in config.checkpoint_dir.glob("*") if path.name.isdecimal())
-
-
-def result(config):
-    """What a run computed: its newest network's arrays, its logged scalars, TensorBoard's."""
-    _, net = checkpoint.load_network(config.run_dir, "latest")
-    return torch.state_dict(net), read_metrics(config.run_dir), tensorboard(config.run_dir)
-
-
-def assert_same_result(config, reference):
-    """Bitwise the same network and curves."""
-    (arrays, *curves), (expected, *expected_curves) = result(config), result(reference)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-    assert curves == expected_curves

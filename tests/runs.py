@@ -1,8 +1,8 @@
 """What a run leaves, read back."""
 
 import numpy as np
-from tensorboardX.proto import event_pb2
 
+from plif_jax.analysis import reference
 from plif_jax.interop import torch
 from plif_jax.training import checkpoint
 from plif_jax.training.logs import read_metrics
@@ -22,13 +22,8 @@ def assert_same_run(config, reference):
 
 
 def tensorboard(run):
-    """The scalars of a run's one event file, {tag: [(step, value), ...]}; lengths frame each protobuf event."""
-    (path,) = run.glob("events.out.tfevents.*")
-    raw, at, scalars = path.read_bytes(), 0, {}
-    while at < len(raw):
-        size = int.from_bytes(raw[at : at + 8], "little")
-        event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
-        at += 16 + size
-        for value in event.summary.value:
-            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    """The scalars of a run's one event file, {tag: [(step, value), ...]}."""
+    (path,), scalars = run.glob("events.out.tfevents.*"), {}
+    for tag, _, step, value in reference._read_events(path):
+        scalars.setdefault(tag, []).append((step, value))
     return scalars

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from programs import SETTINGS, assert_same_result, saved, started, wait_for
+from programs import SETTINGS, saved, started, wait_for
+from runs import assert_same_run
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError
@@ -92,7 +93,7 @@ def test_killed_three_times(whole, shared, tmp_path):
     settings = {"log_dir_prefix": str(tmp_path / "logs"), "cache_dir": str(tmp_path / "cache")}
     config = Config(**vars(whole) | settings)
     survive(config, shared, 3, random.Random(3))
-    assert_same_result(config, whole)
+    assert_same_run(config, whole)
 
 
 @pytest.mark.faults
@@ -102,7 +103,7 @@ def test_killed_many_times(whole, shared, tmp_path, capsys):
         settings = {"log_dir_prefix": str(tmp_path / f"logs{runs}"), "cache_dir": str(tmp_path / f"cache{runs}")}
         config = Config(**vars(whole) | settings)
         doing += survive(config, shared, 6, chance)
-        assert_same_result(config, whole)
+        assert_same_run(config, whole)
         runs += 1
     with capsys.disabled():
         tally = {moment: doing.count(moment) for moment in sorted(set(doing))}
@@ -176,4 +177,4 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk, room, says):
     said = []
     loop.train(config, say=said.append)
     assert any(line.startswith("continuing after epoch") for line in said)
-    assert_same_result(config, whole)
+    assert_same_run(config, whole)

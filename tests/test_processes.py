@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from programs import SETTINGS, as_processes, assert_same_result, result, saved, started, wait_for
+from programs import SETTINGS, as_processes, saved, started, wait_for
+from runs import arrays, assert_same_run, tensorboard
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError
 from plif_jax.training import devices, distributed, loop
+from plif_jax.training.logs import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +120,13 @@ def run_together(config, folder):
 
 
 def assert_close(config, reference, tolerance):
-    (arrays, curves, events), (expected, expected_curves, expected_events) = result(config), result(reference)
-    for name, array in expected.items():
+    ours = arrays(config)
+    for name, array in arrays(reference).items():
         # w is float32, as in the paper's program: its last bit may differ.
         bound = tolerance if array.dtype == np.float64 else 2e-6
-        np.testing.assert_allclose(arrays[name], array, rtol=bound, atol=bound, err_msg=name)
-    for mine, theirs in ((curves, expected_curves), (events, expected_events)):
+        np.testing.assert_allclose(ours[name], array, rtol=bound, atol=bound, err_msg=name)
+    for curves in (read_metrics, tensorboard):
+        mine, theirs = curves(config.run_dir), curves(reference.run_dir)
         assert mine.keys() == theirs.keys()
         for tag in theirs:
             np.testing.assert_allclose(mine[tag], theirs[tag], rtol=1e-5, err_msg=tag)
@@ -198,7 +201,7 @@ def test_a_dead_peer_ends_the_other_and_the_run_continues(together, shared, tmp_
     assert re.search("another task died|failed|Connection|gloo::", survivor.said()), survivor.said()
     assert max(saved(config)) < 60
     run_together(config, shared)
-    assert_same_result(config, together)
+    assert_same_run(config, together)
 
 
 @pytest.mark.faults
@@ -213,7 +216,7 @@ def test_a_signal_to_one_stops_both(together, shared, tmp_path, asked):
     assert "stopped by SIGTERM at step" in programs[0].said()
     assert max(saved(config)) < 60
     run_together(config, shared)
-    assert_same_result(config, together)
+    assert_same_run(config, together)
 
 
 @pytest.mark.faults
@@ -227,7 +230,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_both(together, shared, tmp_path)
             path.write_bytes(raw)
     said = run_together(config, shared)[0].said()
     assert "checkpoint of step 15 is damaged" in said and "continuing after epoch 2, step 10" in said
-    assert_same_result(config, together)
+    assert_same_run(config, together)
 
 
 @pytest.mark.faults
