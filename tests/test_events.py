@@ -371,8 +371,8 @@ def test_settings_are_checked_before_anything_is_read(tmp_path):
         events.load("NMNIST", tmp_path / "nowhere", tmp_path, T=1)
 
 
-def test_digits_are_an_event_data_set_like_any_other(tmp_path):
-    dataset = events.load("Digits", cache_dir=tmp_path, T=2, progress=False)
+def test_digits_are_an_event_data_set_like_any_other():
+    dataset = events.load("Digits", T=2, progress=False)
     assert dataset.train.x.shape == (1442, 2, 34, 34, 2) and dataset.test.x.shape == (355, 2, 34, 34, 2)
     for split in (dataset.train, dataset.test):
         assert split.found == split.expected == len(split.x)
