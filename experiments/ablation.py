@@ -8,7 +8,6 @@ table: per cent, mean and deviation over seeds, beside the published figure, and
 runs. Writes ablation.md and ablation.png.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -158,7 +157,7 @@ def draw(runs, path):
 
 def asked(argv):
     """The runs that a command line asks for, as `plan` gives them."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("-datasets", nargs="+", choices=list(DATASETS), required=True, help="one after the other")
     parser.add_argument("-seeds", nargs="+", type=int, default=[2020], help="a run for each (default 2020)")
     for flag in argv:  # before argparse, which takes -seed for -seeds

@@ -64,7 +64,7 @@ def _number(item, text=None):
 
 def parser():
     """The command line."""
-    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__)
     flags.add_argument("suite", choices=(*SUITES, "all"))
     flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
     flags.add_argument("-rounds", type=_number, default=7, help="runs of each peer (default 7)")

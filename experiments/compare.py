@@ -7,7 +7,6 @@ CSV. Prints, after 1, 5, 10, 32, 64, ... epochs, the run's accuracy, the publish
 of w of each layer, with the tau that it means; writes compare.png into the run folder.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def draw(ours, theirs, init_tau, name, path):
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-reference", type=Path, required=True, help="folder with published curves")
     flags = parser.parse_args(argv)

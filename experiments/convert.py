@@ -7,7 +7,6 @@ python experiments/convert.py weights.npz weights.pt           between the two
 Names and layouts are PyTorch's throughout. Nothing that a file names is run; writing .pt needs PyTorch.
 """
 
-import argparse
 from pathlib import Path
 
 from plif_jax import cli
@@ -18,7 +17,7 @@ from plif_jax.training.checkpoint import load_network
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="IN", help="folder of a run, .pt, .pth or .npz")
     parser.add_argument("target", metavar="OUT", help=".npz, .pt or .pth")
     parser.add_argument("-checkpoint", choices=("best", "latest"), help="of a run (default best)")

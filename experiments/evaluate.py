@@ -4,8 +4,6 @@ python experiments/evaluate.py logs/RUN
 python experiments/evaluate.py logs/RUN -checkpoint latest -data_root DATA
 """
 
-import argparse
-
 from plif_jax import cli
 from plif_jax.config import Parser
 from plif_jax.training.checkpoint import load_network
@@ -13,7 +11,7 @@ from plif_jax.training.evaluation import evaluate
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")
     parser.add_argument("-data_root", help="folder with data sets, if not the one of the training")

@@ -7,7 +7,6 @@ The ending of the file decides. `plif_jax.interop.nir` and `plif_jax.interop.exp
 load it.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from plif_jax.training.checkpoint import load_network
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("out", type=Path, help="file to write, ending in .nir or .jax")
     parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")

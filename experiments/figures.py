@@ -6,7 +6,6 @@ Writes into RUN/figures: training.png, neuron.png, surrogate.png, input.png (and
 firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
 """
 
-import argparse
 import math
 import textwrap
 from functools import partial
@@ -114,7 +113,7 @@ def draw_layers(net, x, classes, folder):
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-data_root", help="where the data sets lie now, if not where the run had them")
     parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")

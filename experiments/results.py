@@ -11,7 +11,6 @@ made from these, and from what docs/results/ROW.md says of them: a run that take
 enters the page that was not run.
 """
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -258,7 +257,7 @@ def _hardware(row):
 
 
 def main(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"any of {', '.join(ROWS)}")
     parser.add_argument(
         "-minutes", type=float, default=float("inf"), help="wall-clock limit, of which each row has its share"

@@ -220,6 +220,9 @@ def _checked(field, value):
 class Parser(argparse.ArgumentParser):
     """Flags with one dash, as the paper's program has them, or two; mistakes are answered in one line."""
 
+    def __init__(self, prog=None, **settings):
+        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
     def add_argument(self, *names, **settings):
         """Adds a flag, `-flag` also as `--flag`."""
         twice = [f"-{name}" for name in names if re.match("-[A-Za-z]", name) and name != "-h"]
@@ -268,11 +271,7 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
     Raises:
       UserError: an unknown flag (the nearest one is named), a value of the wrong type or out of range.
     """
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("-config", help="Python file with `config = Config(...)`, as in configs/")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name, field in fields.items():

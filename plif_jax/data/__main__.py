@@ -1,4 +1,5 @@
-"""`python -m plif_jax.data check NAME [-data_root DIR]`: say what there is of a data set, and draw a few samples."""
+"""`python -m plif_jax.data check NAME [-data_root DIR]`: say what there is of a
+data set, and draw a few samples."""
 
 import sys
 
