@@ -76,7 +76,7 @@ def finished(run: Config):
     try:
         result = json.loads((run.run_dir / "result.json").read_text())
         same = asked.items() <= result["settings"].items() and result["epochs"] >= run.max_epoch and result["best"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: training writes it anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or damaged: written anew
         return None
     return result if same else None
 
@@ -182,7 +182,7 @@ def main(argv):
             folder.mkdir(parents=True, exist_ok=True)
             text, path = told(runs), folder / "ablation.md"
             print(f"\n{text}")
-            # Of nothing, the table of a call that was refused say, it replaces none.
+            # Without a finished run, where the call was refused say, it replaces none that is there.
             if any(finished(run) for configs in runs.values() for run in configs) or not path.exists():
                 path.write_text(text + "\n")
                 draw(runs, path.with_suffix(".png"))

@@ -220,8 +220,8 @@ def _checked(field, value):
 class Parser(argparse.ArgumentParser):
     """Flags with one dash, as the paper's program has them, or two; mistakes are answered in one line."""
 
-    def __init__(self, prog=None, **settings):
-        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def add_argument(self, *names, **settings):
         """Adds a flag, `-flag` also as `--flag`."""

@@ -65,7 +65,7 @@ def w_tags(metrics) -> list[str]:
 def infer_steps_per_epoch(metrics) -> int | None:
     """Training steps per epoch, from w: it is logged after every epoch, at the step. None where there is no w."""
     steps = [step for tag in w_tags(metrics) for step, _ in metrics[tag]]
-    return math.gcd(*steps) or None if steps else None
+    return math.gcd(*steps) if steps else None
 
 
 def line(points, color, thin=False):

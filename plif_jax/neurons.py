@@ -11,7 +11,6 @@ A neuron of your own is a subclass with a `charge` of its own; it gets the fast 
 """
 
 import math
-import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ class Neuron(nnx.Module):
                 raise UserError(f"{name} is of type {kind}; give a number, an array, or an nnx.Param to be learned")
             if value is not None and not is_real(getattr(value, "dtype", float)):
                 raise UserError(f"{name} is {value!r}; a potential is a real number, or an array of them")
-        check_switch("detach_reset", detach_reset)
+        surrogates.check_switch("detach_reset", detach_reset)
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):
@@ -100,8 +99,8 @@ class Neuron(nnx.Module):
         same for T timesteps may be given once, x [1, ...], which spares memory.
 
         Raises:
-          UserError: x has no axis of time or neither 1 nor T timesteps, v is not of the shape of one timestep, or
-            potentials are of a shape that does not fit it.
+          UserError: x has no axis of time or neither 1 nor T timesteps, v is not real or not of the shape of one
+            timestep, or potentials are of a shape that does not fit it.
         """
         return run(*self._prepared(v, x, T), None)
 
@@ -203,7 +202,7 @@ class LIF(Neuron):
       (others as in `Neuron`)
 
     Raises:
-      UserError: tau is not above 1.
+      UserError: tau is not above 1, or not below 1e30.
     """
 
     def __init__(self, tau: float = 2.0, **kwargs):
@@ -228,7 +227,7 @@ class PLIF(Neuron):
       (others as in `Neuron`)
 
     Raises:
-      UserError: init_tau is not above 1, param_dtype no floating-point type.
+      UserError: init_tau is not above 1, or not below 1e30; param_dtype is no floating-point type.
     """
 
     def __init__(self, init_tau: float = 2.0, *, param_dtype=float, **kwargs):
@@ -252,18 +251,13 @@ class PLIF(Neuron):
         return _leaky(v, x, self.v_reset, self.k.astype(v.dtype))
 
 
-def check_switch(name, value):
-    """Raises a UserError unless a setting is True or False: a word, "no" say, would count as true."""
-    if not isinstance(value, bool | np.bool_):
-        raise UserError(f"{name} is {value!r}; give True or False")
-
-
 def _checked_tau(name, tau):
     if isinstance(tau, nnx.Variable | jax.core.Tracer):
         kind = "a value that JAX traces" if isinstance(tau, jax.core.Tracer) else f"an nnx.{type(tau).__name__}"
         raise UserError(f"{name} is {kind}; give a number: PLIF(init_tau=2.0) learns tau and starts from it")
     # Far below where float32 ends; with so large a one nothing charges.
     if np.ndim(tau) or not isinstance(tau, int | float | np.number | jax.Array) or not 1 < tau < 1e30:
-        given = reprlib.repr(tau)
-        raise UserError(f"{name} is {given}; a membrane time constant is a number above 1 timestep, 2.0 in the paper")
+        raise UserError(
+            f"{name} is {tau!r}; a membrane time constant is a number above 1 timestep and below 1e30, 2.0 in the paper"
+        )
     return float(tau)

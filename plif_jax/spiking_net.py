@@ -18,6 +18,7 @@ from plif_jax import neurons, normalized
 from plif_jax.dtypes import is_floating
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm, Dropout, dropout_key, firing_rates, vote
+from plif_jax.surrogate import check_switch
 
 
 class SpikingNet(nnx.Module):
@@ -70,7 +71,7 @@ class SpikingNet(nnx.Module):
             )
         switches = dict(use_plif=use_plif, use_max_pool=use_max_pool, alpha_learnable=alpha_learnable)
         for name, value in switches.items():
-            neurons.check_switch(name, value)
+            check_switch(name, value)
         if set(table) != set(self.PARTS):
             raise UserError(
                 f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"

@@ -59,14 +59,21 @@ def check_param_dtype(param_dtype):
         raise UserError(f"param_dtype is {param_dtype!r}; what is learned is of a floating-point type, float say")
 
 
-def _finite(alpha):
-    """Whether it is a finite real number."""
-    return is_real(np.asarray(alpha).dtype) and math.isfinite(alpha)
+def check_switch(name, value):
+    """Raises a UserError unless a setting is True or False: a word, "no" say, would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} is {value!r}; give True or False")
+
+
+def _finite(number):
+    """Whether it is a finite real number, or an array of them."""
+    return is_real(np.asarray(number).dtype) and bool(np.isfinite(np.asarray(number, float)).all())
 
 
 def _setting(name, value):
     """A number beside alpha, checked, to assign to a module."""
-    if not isinstance(value, jax.core.Tracer) and (np.ndim(value) or not _finite(value)):
+    number = value.get_value() if isinstance(value, nnx.Variable) else value
+    if not isinstance(number, jax.core.Tracer) and not _finite(number):
         raise UserError(f"{name} is {value!r}; give a finite number")
     return traced_is_data(value)
 
@@ -82,10 +89,12 @@ class Surrogate(nnx.Module):
       param_dtype: of alpha where it is a parameter.
 
     Raises:
-      UserError: alpha is not one finite number, param_dtype no floating-point type.
+      UserError: alpha is not one finite number, another setting of a subclass none that it allows, learnable neither
+        True nor False, param_dtype no floating-point type.
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
+        check_switch("learnable", learnable)
         check_param_dtype(param_dtype)
         value = alpha.get_value() if isinstance(alpha, nnx.Variable) else alpha
         if np.ndim(value):

@@ -95,7 +95,7 @@ def test_settings_of_event_networks_may_differ_for_images(tmp_path, name, refuse
 def test_a_folder_that_orbax_cannot_read_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"runs\[1\]/x: give a -log_dir_prefix without [\[\]]"):
         checkpoint.Checkpoints(tmp_path / "runs[1]" / "x", CONFIG)
-    with pytest.raises(UserError, match=r"l\\udcc3\\udcb6gs': set PYTHONUTF8=1"):  # ö without UTF-8
+    with pytest.raises(UserError, match=r"l\\udcc3\\udcb6gs': give a -log_dir_prefix in UTF-8"):  # ö without UTF-8
         checkpoint.Checkpoints(tmp_path / "l\udcc3\udcb6gs", CONFIG)
 
 

@@ -108,7 +108,7 @@ class Tensor:
         (np.array("1"), "fc.1.w holds <U1; weights are real numbers"),
         (Tensor(), r"fc.1.w is no array that NumPy takes: Can't call numpy\(\) on Tensor that requires grad\.$"),
         ([1, [2]], "fc.1.w is no array that NumPy takes"),
-        (np.ma.array(1.0, mask=True), "fc.1.w is a masked array; give one that holds all its numbers"),
+        (np.ma.array(1.0, mask=True), "fc.1.w is masked in places; give an array that holds all its numbers"),
         (np.array(1e300), "fc.1.w holds numbers beyond the largest of float32"),
     ],
 )

@@ -48,6 +48,8 @@ def test_a_potential_is_real(name, value):
 def test_a_switch_is_true_or_false(value):
     with pytest.raises(UserError, match=rf"^detach_reset is {value!r}; give True or False"):
         neurons.PLIF(detach_reset=value)
+    with pytest.raises(UserError, match=rf"^learnable is {value!r}; give True or False"):
+        surrogate.ATan(learnable=value)
     for name in ("use_plif", "use_max_pool", "alpha_learnable", "detach_reset"):
         with pytest.raises(UserError, match=rf"^{name} is {value!r}; give True or False"):
             networks.NMNISTNet(channels=2, rngs=nnx.Rngs(0), **{name: value})
@@ -62,10 +64,20 @@ def test_a_membrane_is_real(v):
 @pytest.mark.parametrize(
     "make", [lambda n: surrogate.S2NN(beta=n), surrogate.LeakyKReLU, lambda n: surrogate.PiecewiseLeakyReLU(c=n)]
 )
-@pytest.mark.parametrize("value", ["1", math.nan, [1.0, 2.0]])
+@pytest.mark.parametrize("value", ["1", math.nan, [1.0, math.inf]])
 def test_what_a_surrogate_has_besides_alpha_is_a_number(make, value):
     with pytest.raises(UserError, match=r"^(beta|leak|c) is .*; give a finite number"):
         make(value)
+
+
+@pytest.mark.parametrize("beta", [np.array([0.5, 2.0]), nnx.Param(jnp.array([0.5, 2.0])), "traced"])
+def test_a_setting_may_be_an_array_or_learned(beta):
+    x, expected = jnp.array([0.5, 1.0]), np.array([0.5, 2.0]) / (np.array([0.5, 1.0]) + 1)
+    if isinstance(beta, str):
+        found = jax.jit(lambda b: surrogate.S2NN(beta=nnx.Param(b)).derivative(x))(jnp.array([0.5, 2.0]))
+    else:
+        found = surrogate.S2NN(beta=beta).derivative(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 0, 2.5, "3"])

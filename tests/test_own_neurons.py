@@ -188,3 +188,12 @@ def test_the_checkpoint_of_another_network_is_refused_in_a_line(settings, tmp_pa
         with pytest.raises(UserError, match=f"is of another network than the code makes now: {said}. Go back") as told:
             read()
         assert "\n" not in str(told.value)
+
+
+def test_a_network_whose_making_needs_numbers_is_read_back(settings, tmp_path, monkeypatch):
+    """JAX traces how others are made; this one it cannot."""
+    monkeypatch.setitem(networks.NETWORKS, "Digits", with_neuron(lambda: neurons.PLIF(jnp.float32(3))))
+    config = settings(log_dir_prefix=str(tmp_path), max_epoch=1)
+    result = loop.train(config, say=None)
+    _, net = checkpoint.load_network(config.run_dir)
+    np.testing.assert_allclose(net.conv[2].tau, result["tau"]["conv.2"], rtol=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import data, networks, neurons
+from plif_jax import data, layers, networks, neurons
 from plif_jax.config import Config
 from plif_jax.data import events
 from plif_jax.layers import Conv3x3
@@ -71,6 +71,7 @@ def test_shapes_alone_are_those_of_a_fresh_state_and_draw_nothing(precision, set
         return jnp.zeros(shape)
 
     monkeypatch.setattr(networks, "torch_default_init", drawn)
+    monkeypatch.setattr(layers, "torch_default_init", drawn)
     graphdef, shapes = state.create(config, state.adam(config, 1), jax.devices()[:2], abstract=True)
 
     def fact(leaf):

@@ -1,5 +1,8 @@
-"""`python -m plif_jax.data check NAME [-data_root DIR]`: say what there is of a
-data set, and draw a few samples."""
+"""Says what there is of a data set, and draws a few samples.
+
+python -m plif_jax.data check NAME
+python -m plif_jax.data check NAME -data_root DATA
+"""
 
 import sys
 
@@ -11,7 +14,7 @@ from plif_jax.data.check import check
 
 def main(argv):
     """Says what there is of the data set that the flags name."""
-    parser = Parser("python -m plif_jax.data", description=__doc__)
+    parser = Parser(prog="python -m plif_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("-data_root", help="the folder with your data sets")

@@ -51,13 +51,14 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         with p = 0, channel 1 all others.
 
     Raises:
-        UserError: a sensor without pixels, no events, columns that are missing, differ in length or are no whole
-            numbers, times that decrease, coordinates outside the sensor, T < 1, or an unknown name.
+        UserError: a sensor without pixels, or frames that fit no memory; no events, columns that are missing, masked,
+            differ in length or are no whole numbers, times that decrease, coordinates outside the sensor, T < 1, or an
+            unknown name.
 
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
     check_settings(T, split_by, normalization)
-    if not all(isinstance(side, int | np.integer) and 1 <= side < 2**31 for side in (height, width)):
+    if not all(isinstance(side, int | np.integer) and side >= 1 for side in (height, width)):
         raise UserError(f"a sensor of {height} x {width} pixels: height and width are whole numbers from 1.")
     if int(T) * int(height) * int(width) >= 2**48:  # more than a machine could address
         raise UserError(f"{T} frames of {height} x {width} pixels fit no memory: give a smaller T or sensor.")
@@ -106,12 +107,12 @@ def _column(events, name):
 
 def integers(name, column):
     """A column as signed integers of this machine's byte order; booleans, which only tell polarity, as they are."""
-    if isinstance(column, np.ma.MaskedArray):
-        raise UserError(f"column {name} is masked: give the events that count, without a mask.")
+    if np.ma.is_masked(column):
+        raise UserError(f"column {name} is masked in places: give the events that count alone.")
     try:
         column = np.asarray(column)
-    except ValueError:  # lists of several lengths
-        raise UserError(f"column {name} is no array: give one number for each event.") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths; a file that is closed
+        raise UserError(f"column {name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}.") from None
     if column.ndim != 1:
         raise UserError(f"column {name} has shape {list(column.shape)}: give one number for each event.")
     if column.dtype.kind in "ib" and column.dtype.isnative:

@@ -40,7 +40,7 @@ def to_exported(net, batch_size=None):
       UserError: batch_size is no whole number from 1, or a batch norm cannot be folded.
     """
     if batch_size is not None and not (is_whole(batch_size) and batch_size < 2**31):
-        raise UserError(f"batch_size is {batch_size!r}; give a whole number from 1, or nothing for any")
+        raise UserError(f"batch_size is {batch_size!r}; give a whole number from 1 to 2**31 - 1, or nothing for any")
     graphdef, state = nnx.split(fold(net))
     B = jax.export.symbolic_shape("batch")[0] if batch_size is None else batch_size
     shape = (B, *net.shape) if net.static_conv else (net.T, B, *net.shape)

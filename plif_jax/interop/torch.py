@@ -127,8 +127,8 @@ def _counter_names(names):
 
 def _weights(name, array):
     """An array of real numbers as NumPy's."""
-    if isinstance(array, np.ma.MaskedArray):
-        raise UserError(f"{name} is a masked array; give one that holds all its numbers")
+    if np.ma.is_masked(array):
+        raise UserError(f"{name} is masked in places; give an array that holds all its numbers")
     try:
         array = np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch's tensors that want a gradient
@@ -161,7 +161,8 @@ def load_state_dict(net, arrays):
     """Sets the network's weights and running statistics, in place, from {name in the authors' program: array}.
 
     Raises:
-      UserError: a name is missing or unknown, a shape differs, or as `state_dict`; nothing is changed then.
+      UserError: a name is missing or unknown, a shape differs, what is given are no real numbers or larger than the
+        network's type holds, or as `state_dict`; nothing is changed then.
     """
     if not isinstance(arrays, Mapping):
         raise UserError(f"weights are a {type(arrays).__name__}; give a mapping from names to arrays")
@@ -179,10 +180,11 @@ def load_state_dict(net, arrays):
         expected = jax.eval_shape(to_torch, variable[...]).shape
         if array.shape != expected:
             raise UserError(f"{name} has shape {array.shape}; this {type(net).__name__} takes {expected}")
+        given = from_torch(array)
         # A copy: on a CPU `asarray` may borrow the caller's memory, in which a PyTorch network trains on.
         with np.errstate(over="ignore"):  # said here
-            value = jnp.array(from_torch(array), variable[...].dtype)
-        if (jnp.isinf(value) & np.isfinite(from_torch(array))).any():
+            value = jnp.array(given, variable[...].dtype)
+        if (np.isinf(np.asarray(value)) & np.isfinite(given)).any():
             raise UserError(f"{name} holds numbers beyond the largest of {value.dtype}")
         values.append(value)
     for (_, variable, *_), value in zip(entries, values, strict=True):

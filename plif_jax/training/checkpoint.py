@@ -65,11 +65,12 @@ def _names(tree):
 
 def check_place(folder: Path):
     """Raises a UserError where Orbax cannot write, or, since it takes its paths for patterns, not read again."""
+    folder = folder.absolute()
     try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:  # bytes that the locale's letters are not
-        raise UserError(f"checkpoints cannot lie in {str(folder)!a}: set PYTHONUTF8=1 for such letters") from None
-    if unfit := set("[]\\") & set(str(folder.absolute())):
+        str(folder).encode()
+    except UnicodeEncodeError:  # bytes that are no letters
+        raise UserError(f"checkpoints cannot lie in {str(folder)!a}: give a -log_dir_prefix in UTF-8") from None
+    if unfit := set("[]\\") & set(str(folder)):
         raise UserError(f"checkpoints cannot lie in {folder}: give a -log_dir_prefix without {min(unfit)}")
 
 

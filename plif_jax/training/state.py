@@ -71,7 +71,12 @@ def create(config, optimizer, devices, abstract=False):
     Raises:
       UserError: a layer of one's own holds what is neither learned nor kept.
     """
-    net = nnx.eval_shape(lambda: network(config)) if abstract else network(config)
+    try:
+        net = nnx.eval_shape(lambda: network(config)) if abstract else network(config)
+    except (UserError, jax.errors.JAXTypeError):  # a layer of one's own that needs numbers to be made
+        if not abstract:
+            raise
+        net = network(config)
     net.set_attributes(axis_name=AXIS)
     graphdef, params, batch_stats, other = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
     for path, value in nnx.to_flat_state(other):
