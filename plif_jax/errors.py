@@ -13,8 +13,12 @@ OF_THE_PLACE = {
 class UserError(ValueError):
     """A mistake in a flag, a file or a setting.
 
-    The message is one line: what was given, what is allowed, what to do. Scripts print it without a traceback.
+    The message is one line, whatever was given: what that was, what is allowed, what to do. Scripts print it without a
+    traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 def nearest(given: str, allowed) -> str | None:

@@ -179,6 +179,11 @@ def test_a_mistake_is_answered_in_one_line(line, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mistake_of_several_lines_is_too():
+    with pytest.raises(UserError, match=r"^unknown argument a b; -h lists the flags$"):
+        parse(["a\nb"])
+
+
 @pytest.mark.parametrize(
     "script, ratio, said", [("train", "0.15", "use train_val.py"), ("train_val", "None", "which train.py trains")]
 )
