@@ -21,7 +21,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         # What wrote elementwise loops before compiles in a third of the time; later XLA has it no more.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The workers of pytest-xdist and the programs that tests start find the caches of who set them up: they compile once,
-# and record the digits once. Where Python is told to keep no bytecode, each would take 8 seconds to import.
+# and record the digits once. Where Python is told to keep no bytecode, each would import for 12 seconds in place of 4.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["PLIF_JAX_CACHE"] = tempfile.mkdtemp(prefix="plif_jax_tests_")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

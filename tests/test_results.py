@@ -69,6 +69,7 @@ def test_a_run_that_takes_a_rows_place_removes_what_was_said_of_the_one_before(t
 @pytest.mark.parametrize("given", [["digits", "-minutes", "nan"], ["digits", "-minutes", "0"], ["-seed=3"]])
 def test_what_would_run_nothing_is_refused(given, monkeypatch):
     monkeypatch.setattr(results, "write_page", lambda: pytest.fail("written"))
+    monkeypatch.setattr(results, "run", lambda *_: pytest.fail("run"))
     with pytest.raises(UserError, match=r"-minutes \S+: give a number of minutes above 0|-seed=3 is for a run"):
         results.main(given)
 
