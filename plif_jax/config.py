@@ -222,6 +222,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own knows no -1e-3
 
     def add_argument(self, *names, **settings):
         """Adds a flag, `-flag` also as `--flag`."""

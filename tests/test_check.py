@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from event_files import random_events, write_aedat2, write_nmnist
+from image_sets import write_idx_set
 from matplotlib.image import imread
 
 import plif_jax
@@ -29,6 +30,12 @@ def test_a_part_of_nmnist(here):
     assert f"50 files, 0.1 MB, in {here / 'data'}" in said
     assert str(here / "here" / "NMNIST.png") in said
     assert imread("NMNIST.png").shape[0] > 500
+
+
+def test_no_class_s_name_is_cut_off(here):
+    write_idx_set(here / "FashionMNIST")  # "T-shirt/top" is the longest name of any set
+    checks.check("FashionMNIST", here, here / "cache")
+    assert imread("FashionMNIST.png")[:, 0].min() == 1, "the page's left edge is white"
 
 
 def test_a_bad_recording_is_named(here):

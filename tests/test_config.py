@@ -143,6 +143,7 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name NMNIST --max=5", "unknown argument --max=5; "),
         ("-dataset_name NMNIST -T_mx 5", "unknown argument -T_mx; did you mean -T_max?"),
         ("-dataset_name NMNIST -learning_rate -1", "-learning_rate -1.0: learning_rate must be above 0"),
+        ("-dataset_name NMNIST -learning_rate -1e-3", "-learning_rate -0.001: learning_rate must be above 0"),
         ("-dataset_name NMIST", "did you mean NMNIST?"),
         ("-dataset_name NMNIST -init_tau 1", "-init_tau 1.0: init_tau must be above 1"),
         ("-dataset_name mnist", "did you mean MNIST?"),

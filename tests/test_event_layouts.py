@@ -150,6 +150,13 @@ def test_a_gesture_without_events_is_named(tmp_path):
         events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
 
 
+def test_gesture_labels_that_are_missing_are_named(tmp_path):
+    write_gesture(tmp_path / "data")
+    (tmp_path / "data" / "user24_lab_labels.csv").unlink()
+    with pytest.raises(UserError, match=r"user24_lab_labels\.csv: no such file; it tells where in user24_lab\.aedat"):
+        recordings.find("DVS128Gesture", tmp_path / "data", tmp_path / "cache")
+
+
 def test_damaged_gesture_labels_are_named(tmp_path):
     write_gesture(tmp_path / "data")
     (tmp_path / "data" / "user24_lab_labels.csv").write_text("class,startTime_usec,endTime_usec\n1,soon,later\n")

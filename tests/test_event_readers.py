@@ -97,7 +97,7 @@ def long_header(path):
         ("c_1.aedat", truncated("c_1.aedat", -3), "truncated: 797 bytes of data are not whole events of 8"),
         ("user1.aedat", truncated("user1.aedat", -3), "truncated: a packet claims 400 bytes, 397 are left"),
         ("user1.aedat", truncated("user1.aedat", -410), "truncated: it ends inside a packet header"),
-        ("c_1.aedat", lambda path: path.write_bytes(b"no header at all"), "not a readable .aedat recording"),
+        ("c_1.aedat", lambda path: path.write_bytes(b"no header at all"), "does not begin with #!AER-DAT"),
         ("c_1.aedat4", lambda path: path.write_bytes(b"#!AER-DAT4.0\r\n\x10"), "c_1.aedat4"),
         ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not an array as NumPy saves it"),
         ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),

@@ -155,6 +155,7 @@ def test_a_sensor_has_pixels(height):
     "settings, says",
     [
         ({"T": 0}, "T is 0"),
+        ({"T": True}, "T is True, .*give a whole number"),
         ({"T": 2.0}, "T is 2.0, .*give a whole number"),
         ({"T": 2**62}, r"4611686018427387904 frames of \d+ x \d+ pixels fit no memory"),
         ({"T": 2, "split_by": "size"}, "split_by is 'size'; allowed are number, time"),

@@ -197,6 +197,12 @@ def test_other_files_are_refused(tmp_path, name, content, message):
         torch_files.read(tmp_path / name)
 
 
+def test_an_npz_of_text_is_no_damaged_one(tmp_path):
+    np.savez(tmp_path / "text.npz", w=np.ones(2), name=np.asarray("conv"))
+    with pytest.raises(UserError, match=r"text\.npz holds name.npy of type <U4; of weights all are numbers"):
+        torch_files.read(tmp_path / "text.npz")
+
+
 def test_an_npz_of_objects_is_refused(tmp_path):
     np.savez(tmp_path / "objects.npz", a=np.asarray([Payload(tmp_path / "trace")], object))
     with pytest.raises(UserError, match="not an archive of plain arrays"):

@@ -120,4 +120,5 @@ def _draw(rows, labels, title, path):
         axes.grid(axis="x", color="0.8")
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
     fig.suptitle(title)
+    fig.draw_without_rendering()  # with axes of a fixed shape the layout needs a second time to leave room for labels
     fig.savefig(path, dpi=max(100, 12 * rows[0].shape[1] // 100))

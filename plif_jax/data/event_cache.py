@@ -133,9 +133,8 @@ def _by_file(recordings):
 
 def _make(folder, parts, jobs, orders, record, name):
     """Make the parts that are missing, join them, and write the record last; `name` titles the bar, False: none."""
-    with storage.writing(folder):
+    with storage.writing(parts):
         parts.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
     for partial in [*parts.glob("*.partial"), *folder.glob("*.partial")]:  # of a killed program: we hold the lock
         partial.unlink(missing_ok=True)
     every = [job for ours in jobs.values() for job in ours]
@@ -149,6 +148,8 @@ def _make(folder, parts, jobs, orders, record, name):
                 missing.append(job)
         _run(missing, lambda job: bar.update(len(job["recordings"])))
     sizes = {}
+    with storage.writing(folder):
+        folder.mkdir(exist_ok=True)
     for split, ours in jobs.items():
         storage.join(folder / f"{split}.npy", [job["path"] for job in ours], orders[split])
         sizes[f"{split}.npy"] = (folder / f"{split}.npy").stat().st_size

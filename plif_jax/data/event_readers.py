@@ -61,6 +61,9 @@ def _five_bytes(path):
 
 def _aedat(path):
     """Read AEDAT 2.0 or 3.1, as the header says."""
+    with path.open("rb") as file:
+        if file.read(9) != b"#!AER-DAT":
+            raise UserError("the file does not begin with #!AER-DAT, as AEDAT does")
     version, start, _ = io.read_aedat_header_from_file(str(path))
     if 2 <= version < 3:
         return _aedat2(path, version, start)

@@ -85,7 +85,7 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
 
 def check_settings(T, split_by, normalization):
     """Raise UserError unless `integrate` can work with these settings."""
-    if not isinstance(T, int | np.integer) or T < 1:
+    if not isinstance(T, int | np.integer) or isinstance(T, bool) or T < 1:
         raise UserError(f"T is {T}, but events need at least 1 frame: give a whole number T >= 1.")
     for flag, value, allowed in (
         ("split_by", split_by, SPLIT_BY),

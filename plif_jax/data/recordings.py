@@ -207,6 +207,8 @@ def _trials(folder, trials):
         recording, labels = folder / name, folder / f"{Path(name).stem}_labels.csv"
         if not recording.is_file():
             continue  # an incomplete set
+        if not labels.is_file():
+            raise UserError(f"{labels}: no such file; it tells where in {name} the gestures begin and end.")
         try:
             text = _text(labels).splitlines()
             if len(text) < 2:

@@ -153,10 +153,14 @@ def _read_npy(path, name, data):
     try:
         shape, _, dtype = NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
         size = math.prod(shape) * dtype.itemsize
-        if not is_text(name) or dtype.kind not in "biuf" or size != len(data) - stream.tell():
+        if not is_text(name) or size != len(data) - stream.tell():
             raise ValueError
+        if dtype.kind not in "biuf":
+            raise UserError(f"{path} holds {name} of type {dtype}; of weights all are numbers")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
+    except UserError:
+        raise
     except Exception:  # NumPy fails in many ways on damaged bytes
         raise _damaged(path, "not an archive of plain arrays") from None
 
