@@ -151,7 +151,7 @@ def draw(runs, path):
             row[0].legend(fontsize="small")
         for ax, name in zip(row[1:], learned, strict=True):
             tau_over_epochs(ax, mean_metrics(runs[dataset, name]), SETTINGS[name]["init_tau"])
-            ax.set_title(f"{dataset}: {name}")
+            ax.set_title(f"{dataset}: {name}; of the mean w over seeds", fontsize="medium")
     fig.savefig(path, dpi=120)
 
 

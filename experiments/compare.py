@@ -76,12 +76,12 @@ def _up_to(epoch, curve):
 
 
 def draw(ours, theirs, init_tau, name, path):
-    """Both runs' accuracy and, where both learned it, tau: theirs thin, with hollow dots, tau dashed."""
+    """Both runs' accuracy and, where both learned it, tau from the start that they share; theirs thin."""
     taus = w_tags(ours) and w_tags(theirs)
     last = max(ours["test_accuracy"])[0]
     fig, axes = figure(1, 2 if taus else 1, width=11 if taus else 6.4, squeeze=False)
     ax = accuracy_over_epochs(axes[0, 0], ours)
-    for tag, color in (("val_accuracy", COLORS[4]), ("test_accuracy", "black")):
+    for tag, color in (("val_accuracy", COLORS[4]), ("test_accuracy", "gray")):
         if tag in theirs:
             label = f"theirs, {tag.split('_')[0]}"
             epochs, values = zip(*_up_to(last, theirs[tag]), strict=True)
@@ -91,8 +91,9 @@ def draw(ours, theirs, init_tau, name, path):
         ax = tau_over_epochs(axes[0, 1], ours, init_tau)
         for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
-            ax.plot([e + 1 for e in epochs], tau_of(w), "--", **line(epochs, color, thin=True))
-        ax.set_title("dashed, hollow: theirs", fontsize="medium")
+            taus = [init_tau, *tau_of(w)]
+            ax.plot([0, *(e + 1 for e in epochs)], taus, "--", **line(taus, color, thin=True))
+        ax.set_title("thin, dashed: theirs", fontsize="medium")
     run_title(fig, name)
     fig.savefig(path, dpi=120)
 
@@ -115,9 +116,14 @@ def main(argv):
         print(f"mind:  {difference}")
     if not reference.differences_at(ours["test_accuracy"], published.metrics.get("test_accuracy", ())):
         print("mind:  no epoch has a test accuracy both here and there: there is nothing to compare")
-    print_accuracy(ours, published.metrics)
-    print_w(ours, published.metrics)
-    draw(ours, published.metrics, config.init_tau, config.run_name, flags.run / "compare.png")
+    theirs = published.metrics
+    layers, their_layers = len(w_tags(ours)), len(w_tags(theirs))
+    if layers and their_layers and layers != their_layers:
+        print(f"mind:  w of {layers} layers here, of {their_layers} there: none is the other's, w is left out")
+        theirs = {tag: curve for tag, curve in theirs.items() if tag not in w_tags(theirs)}
+    print_accuracy(ours, theirs)
+    print_w(ours, theirs)
+    draw(ours, theirs, config.init_tau, config.run_name, flags.run / "compare.png")
     print(f"\npicture {flags.run / 'compare.png'}")
 
 

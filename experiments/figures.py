@@ -35,8 +35,13 @@ def save(fig, path):
     print(path)
 
 
-def draw_neurons(net, folder):
-    """The neuron figure, with some time constants and with the network's own; and surrogate functions."""
+def caption(fig, text):
+    """Writes over a figure what it shows, in as many lines as its width asks for."""
+    fig.suptitle(textwrap.fill(text, int(11 * fig.get_figwidth())), fontsize="medium")
+
+
+def draw_neurons(net, folder, checkpoint):
+    """The neuron figure, with some time constants and with the network's own; and surrogates, with those it learned."""
     x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 2.5), np.zeros(10)])
     alike = {}  # layers whose tau reads the same
     for name, layer in net.named_neurons().items():
@@ -56,10 +61,14 @@ def draw_neurons(net, folder):
     plots.neuron_response(above, x, some)
     for ax in below:
         above.set_xlabel("")
-        plots.neuron_response(ax, x, own).set_title("time constants of this network", fontsize="medium")
+        plots.neuron_response(ax, x, own).set_title(f"time constants of this network, {checkpoint}", fontsize="medium")
     save(fig, folder / "neuron.png")
     some = {"ATan (the paper's)": surrogate.ATan()}
     some |= {kind.__name__: kind() for kind in (surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Erf)}
+    for name, layer in net.named_neurons().items():
+        alpha = getattr(layer.surrogate, "alpha", None)
+        if isinstance(layer.surrogate, surrogate.Surrogate) and isinstance(alpha, nnx.Param):
+            some[f"{name}: {type(layer.surrogate).__name__}, alpha {alpha[...]:.3f}"] = layer.surrogate
     fig, axes = figure(1, 2, width=10)
     plots.surrogate_functions(axes[0], some)
     plots.surrogate_gradients(axes[1], some)
@@ -83,32 +92,44 @@ def draw_input(config, x, stored, folder, title):
     save(fig, folder / "input.png")
 
 
-def draw_layers(net, x, classes, folder):
+def _voters(spikes_TN, classes):
+    """Of as many output neurons of every class the spikes [T, n], evenly spread over those of the class."""
+    group = spikes_TN.shape[1] // classes
+    of_class = np.linspace(0, group - 1, min(group, max(1, RASTER_NEURONS // classes))).astype(int)
+    return spikes_TN[:, (group * np.arange(classes)[:, None] + of_class).ravel()]
+
+
+def draw_layers(net, x, classes, folder, sample, checkpoint):
     """Mean firing rates over the samples x; of the first, a raster of every layer and the first layer's spike maps."""
     first, *_, output = net.named_neurons()
     _, layers = recording.record(net, x, RASTER_NEURONS)
-    fig, ax = figure(width=7, height=1 + 0.55 * len(layers))
-    plots.firing_rates(ax, layers)
+    one = x[:, :1] if x.ndim == 5 else x[:1]
+    whole = recording.record(net, one)[1]
+    fig, ax = figure(width=7, height=1.3 + 0.55 * len(layers))
+    samples = x.shape[1] if x.ndim == 5 else len(x)
+    plots.firing_rates(ax, layers).set_title(f"mean over {samples} test samples, {checkpoint}", fontsize="medium")
     save(fig, folder / "firing_rates.png")
     rows = -(-len(layers) // 4)
     columns = -(-len(layers) // rows)
     fig, axes = figure(rows, columns, width=3 * columns, height=4 * rows, squeeze=False)
     for ax, (name, layer) in zip(axes.flat, layers.items(), strict=False):
-        shown, total = layer.spikes.shape[-1], layer.neuron_rate.size
+        spikes = _voters(whole[name].spikes[:, 0], len(classes)) if name == output else layer.spikes[:, 0]
+        shown, total = spikes.shape[-1], layer.neuron_rate.size
         ylabel = "neuron" if shown == total else "chosen neuron, evenly spread"
-        plots.raster(ax, layer.spikes[:, 0], f"{name}, {shown} of {total} neurons", ylabel)
+        plots.raster(ax, spikes, f"{name}, {shown} of {total} neurons", ylabel)
         if name == output:  # whose neurons vote, those of a class one after another
             ax.set_yticks(shown * (np.arange(len(classes)) + 0.5) / len(classes) - 0.5, classes, fontsize="small")
             ax.set_ylabel("class that the neurons vote for")
     for ax in axes.flat[len(layers) :]:
         ax.remove()
+    caption(fig, f"{sample}, {checkpoint}")
     save(fig, folder / "raster.png")
-    one = x[:, :1] if x.ndim == 5 else x[:1]
-    spikes = recording.record(net, one)[1][first].spikes[:, 0]
+    spikes = whole[first].spikes[:, 0]
     T, H, W, C = spikes.shape
     cell = min(10 / T, 6 / min(C, 8) * W / H)  # inches that a map may be wide
     fig, ax = figure(width=cell * T + 1, height=cell * H / W * min(C, 8) + 1)
-    plots.spike_maps(ax, spikes).set_title(f"spikes of {first}")
+    plots.spike_maps(ax, spikes)
+    caption(fig, f"spikes of {first}, {sample}, {checkpoint}")
     save(fig, folder / "spike_maps.png")
 
 
@@ -150,11 +171,13 @@ def main(argv):
 
     summary(read_metrics(flags.run), folder / "training.png", config.run_name, config.init_tau)
     print(folder / "training.png")
-    draw_neurons(net, folder)
-    draw_input(config, x, stored, folder, f"sample {flags.sample}: {label}, taken for {guess}")
-    draw_layers(net, x, names, folder)
+    sample, checkpoint = f"sample {flags.sample}: class {label}, taken for {guess}", f"{flags.checkpoint} checkpoint"
+    draw_neurons(net, folder, checkpoint)
+    draw_input(config, x, stored, folder, sample)
+    draw_layers(net, x, names, folder, sample, checkpoint)
     fig, ax = figure(width=6.4, height=5.4)
     plots.confusion_matrix(ax, evaluate(config, net)["confusion"], config.facts.class_names)
+    caption(fig, checkpoint)
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
     (folder / "operations.txt").write_text(text + "\n")

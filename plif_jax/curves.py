@@ -125,15 +125,16 @@ def tau_over_epochs(ax, metrics, init_tau=None):
     for tag, color in zip(tags, shades(len(tags)), strict=True):
         steps, w = np.array(metrics[tag]).T
         taus.append(np.array([*before, *tau_of(w)]))
-        label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.2f}"
+        label = f"layer {int(tag[1:]) + 1}: {taus[-1][-1]:.3f}"
         epochs = [*(0 for _ in before), *steps / steps_per_epoch]
         ax.plot(epochs, taus[-1], label=label, **line(epochs, color))
     ax.ticklabel_format(axis="y", useOffset=False)
     if tags:
-        ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
-        if max(map(np.max, taus)) > 8 * min(map(np.min, taus)):
+        columns = 1 + (len(tags) - 1) // 16
+        ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), ncols=columns)
+        if (spread := max(map(np.max, taus)) / min(map(np.min, taus))) > 8:
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1e5 else (1,)))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("membrane time constant tau (timesteps)")

@@ -31,8 +31,8 @@ def frames():
 
 def test_every_picture_is_written(net, frames, tmp_path, capsys):
     x = jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0)
-    figures.draw_neurons(net, tmp_path)
-    figures.draw_layers(net, x, CLASSES, tmp_path)
+    figures.draw_neurons(net, tmp_path, "best checkpoint")
+    figures.draw_layers(net, x, CLASSES, tmp_path, "sample 0", "best checkpoint")
     figures.draw_input(Config(dataset_name="NMNIST", T=3), x, frames, tmp_path, "sample 0")
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
@@ -45,23 +45,45 @@ def test_every_picture_is_written(net, frames, tmp_path, capsys):
 
 
 def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.update({path.stem: fig.axes}))
+    drawn, said = {}, {}
+
+    def save(fig, path):
+        drawn[path.stem] = fig.axes
+        said[path.stem] = " ".join([fig.get_suptitle(), *(ax.get_title() for ax in fig.axes)])
+
+    monkeypatch.setattr(figures, "save", save)
     net = NMNISTNet(T=3, channels=4, number_layer=3, rngs=nnx.Rngs(0))
-    figures.draw_layers(net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), CLASSES, tmp_path)
+    figures.draw_layers(
+        net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), CLASSES, tmp_path, "sample 0: class 3", "latest"
+    )
+    assert "mean over 5 test samples, latest" in said["firing_rates"]
+    assert all("sample 0: class 3, latest" in said[name] for name in ("raster", "spike_maps"))
     titles = [ax.get_title().split(",")[0] for ax in drawn["raster"]]
     assert titles == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
     assert {ax.get_ylabel() for ax in drawn["raster"][:-1]} == {"chosen neuron, evenly spread", "neuron"}
     assert [text.get_text() for text in drawn["raster"][-1].get_yticklabels()] == CLASSES
-    chosen = np.linspace(0, 99, figures.RASTER_NEURONS).astype(int)
-    middles = [np.flatnonzero(chosen // 10 == c).mean() for c in range(10)]
-    np.testing.assert_allclose(drawn["raster"][-1].get_yticks(), middles, atol=0.6)
-    figures.draw_neurons(net, tmp_path)
+    np.testing.assert_allclose(drawn["raster"][-1].get_yticks(), 6 * np.arange(10) + 2.5)
+    figures.draw_neurons(net, tmp_path, "latest")
     (label,) = (text.get_text() for text in drawn["neuron"][2].get_legend().get_texts())
     assert label.split() == ["tau", "=", "2.00:", "conv.2,", "conv.6,", "conv.10,", "fc.3,", "fc.6,", "spikes:", "14"]
     for layer in net.named_neurons().values():
         layer.w[...] = 6.0  # tau = 1.0025, which reads 1.00
-    figures.draw_neurons(net, tmp_path)
+    figures.draw_neurons(net, tmp_path, "latest")
+    lines = {text.get_text() for text in drawn["surrogate"][0].get_legend().get_texts()}
+    assert lines == {"spike", "ATan (the paper's)", "Sigmoid", "PiecewiseQuadratic", "Erf"}
+    net = NMNISTNet(T=3, channels=4, number_layer=1, alpha_learnable=True, rngs=nnx.Rngs(0))
+    net.conv[2].surrogate.alpha[...] = 2.5
+    figures.draw_neurons(net, tmp_path, "latest")
+    lines = {text.get_text() for text in drawn["surrogate"][0].get_legend().get_texts()}
+    assert {"conv.2: ATan, alpha 2.500", "fc.3: ATan, alpha 2.000"} <= lines
+
+
+@pytest.mark.parametrize("classes", [2, 10, 11, 24, 100])
+def test_of_every_class_as_many_voters_are_drawn(classes):
+    votes_for = np.arange(10 * classes)[None] // 10
+    (drawn,) = figures._voters(votes_for, classes)
+    np.testing.assert_array_equal(drawn, np.repeat(np.arange(classes), len(drawn) // classes))
+    assert len(drawn) == classes * min(10, max(1, 60 // classes))
 
 
 @pytest.mark.parametrize("dataset_name", ["MNIST", "CIFAR10"])

@@ -50,7 +50,7 @@ def test_the_rest_is_drawn_where_the_decisive_point_was_lost(ax):
 
 def test_tau_is_drawn_for_each_layer_in_order(ax):
     assert curves.tau_over_epochs(ax, METRICS) is ax
-    assert drawn(ax) == ["layer 1: 8.39", "layer 3: 1.37", "layer 11: 149.41"]
+    assert drawn(ax) == ["layer 1: 8.389", "layer 3: 1.368", "layer 11: 149.413"]
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 2], [2, 1 + np.e], [3, 1 + np.e**2]], rtol=1e-6)
     assert ax.get_yscale() == "log"
 
@@ -92,7 +92,7 @@ def test_neuron_response_shows_each_threshold(ax):
         "same": neurons.LIF(v_threshold=0.5),
     }
     plots.neuron_response(ax, jnp.full(6, 0.4), own)
-    assert [text.get_text() for text in ax.texts] == ["threshold"] * 2
+    assert [text.get_text() for text in ax.texts] == ["threshold 0.5", "threshold 1.5"]
     assert [line.get_ydata()[0] for line in ax.lines[:2]] == [0.5, 1.5]
 
 
@@ -121,6 +121,21 @@ def test_firing_rates_show_percent_per_layer_and_timestep(ax):
     drawn(ax)
     np.testing.assert_allclose(ax.images[0].get_array(), [[20, 0], [100, 25]], rtol=1e-6)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_a_layer_that_hardly_fires_is_told_from_one_that_is_silent(ax):
+    none = jnp.zeros((2, 1, 0))
+    rates = {"silent": jnp.zeros((2, 1)), "sparse": jnp.full((2, 1), 3e-4)}
+    layers = {name: LayerRecord(none, none, none, none, rate_TB, jnp.zeros(5)) for name, rate_TB in rates.items()}
+    plots.firing_rates(ax, layers)
+    assert [text.get_text() for text in ax.texts] == ["0", "0", "<0.1", "<0.1"]
+    assert plots.firing_rates(curves.figure()[1], {"silent": layers["silent"]}).images[0].get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize(("T", "every"), [(20, 1), (60, 3)])
+def test_timesteps_of_spike_maps_are_told_where_there_is_room(ax, T, every):
+    plots.spike_maps(ax, np.zeros((T, 4, 4, 2)))
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(t) for t in range(1, T + 1, every)]
 
 
 def test_spike_maps_lie_in_rows_of_channels_and_columns_of_time(ax):
@@ -166,7 +181,7 @@ def test_confusion_matrix_shows_shares_of_each_class(ax):
     assert plots.confusion_matrix(ax, [[3, 1], [0, 0]], ["cat", "dog"]) is ax
     drawn(ax)
     np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 0]])
-    assert ax.get_title() == "accuracy 75.00%"
+    assert ax.get_title() == "accuracy 75.00% of 4"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
 
 
@@ -184,6 +199,7 @@ class TwoStates(neurons.IF):
     ("draw", "says"),
     [
         (lambda ax: plots.neuron_response(ax, np.ones((4, 2)), {"IF": neurons.IF()}), r"\(4, 2\); give \[T\]"),
+        (lambda ax: plots.neuron_response(ax, [1, np.nan], {"IF": neurons.IF()}), "a value that is not finite"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {}), "there are no neurons to draw"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel()}), "a has values for several neurons"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel(1)}), "a has values for several neurons"),
@@ -199,6 +215,7 @@ class TwoStates(neurons.IF):
         (lambda ax: plots.spike_maps(ax, np.ones((4, 5, 5, 3)), []), r"channels are \[\]; give some of the 3"),
         (lambda ax: plots.spike_maps(ax, np.ones((4, 5, 5, 3)), 1), "channels are 1; .* as a list"),
         (lambda ax: plots.event_frames(ax, np.ones((4, 5, 5, 2)), columns=0), "columns is 0; give how many frames"),
+        (lambda ax: plots.event_frames(ax, np.ones((4, 5, 5, 2)), columns=2.5), "columns is 2.5; give how many frames"),
         (lambda ax: plots.save_gif(np.ones((0, 4, 4, 2)), "a.gif"), r"frames of shape \(0, 4, 4, 2\); .*one entry"),
     ],
 )

@@ -46,6 +46,9 @@ def test_a_row_names_ratio_and_target():
     limit = ratios.row("case", seconds, "ours", "copy", slower=False, target=ratios.Target(2.5, at_most=True))
     assert (limit["ratio"], limit["target"], limit["met"]) == (2, "<= 2.5", True)
     assert "MISSED" in report.line(faster) and "MISSED" not in report.line(limit)
+    (axes,) = report.chart([faster, limit], {"cpu": "a CPU", "cores": 2}, {}).axes
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    np.testing.assert_allclose(bars, [(1, faster["ratio"]), (1, limit["ratio"])])
 
 
 def test_spread_is_zero_on_a_quiet_machine_and_grows():

@@ -127,6 +127,24 @@ def test_compare_prints_and_draws(run, published, capsys):
     assert "mind:  of 50000 samples for training ours had 1000\n\n" in capsys.readouterr().out
 
 
+def test_layers_of_a_deeper_network_are_not_taken_for_one_another(run, published, capsys):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"tag": "w1", "step": 10, "value": 0.0, "time": 0.0}) + "\n")
+    compare.main([str(run), "-reference", str(published)])
+    printed = capsys.readouterr().out
+    assert "mind:  w of 2 layers here, of 1 there: none is the other's" in printed and "w of layer" not in printed
+    assert "after    10      60.00%" in printed
+
+
+def test_theirs_starts_from_the_same_tau(run, published, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "run_title", lambda fig, name: drawn.extend(fig.axes))
+    compare.main([str(run), "-reference", str(published)])
+    ours, theirs = drawn[1].lines
+    assert ours.get_xydata()[0].tolist() == theirs.get_xydata()[0].tolist() == [0, 2]
+    assert len(ours.get_xydata()) == len(theirs.get_xydata()) == 11
+
+
 def test_what_only_looks_like_a_time_constant_is_none():
     metrics = {"": [(1, 0.0)], "w²": [(1, 0.0)], "w" + "1" * 5000: [(1, 0.0)], "w0": [], "w1": [(0, 0.0)], "w2": W}
     assert curves.w_tags(metrics) == ["w2"]

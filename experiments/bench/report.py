@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from plif_jax.curves import figure
+from plif_jax.curves import COLORS, figure
 
 
 def line(row):
@@ -60,15 +60,16 @@ def write(folder, machine, rows, peers):
 
 
 def chart(rows, machine, peers):
-    """A bar for each ratio, on a logarithmic axis; a black tick marks its target."""
+    """A bar from 1 to each ratio, on a logarithmic axis; a black tick marks its target."""
     fig, ax = figure(width=9, height=1.4 + 0.3 * max(len(rows), 1))
-    colors = {None: "tab:gray", True: "tab:green", False: "tab:orange"}
+    colors = {None: "tab:gray", True: COLORS[0], False: COLORS[1]}
     for y, row in enumerate(rows):
-        ax.barh(y, row["ratio"], color=colors[row["met"]], height=0.7)
+        target = float(row["target"].split()[1]) if row["target"] else None
+        ax.barh(y, row["ratio"] - 1, left=1, color=colors[row["met"]], height=0.7)
         beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        ax.annotate(f"{row['ratio']:.2f}", (row["ratio"], y), **beside)
-        if row["target"]:
-            ax.plot(2 * [float(row["target"].split()[1])], [y - 0.4, y + 0.4], color="black", linewidth=2)
+        ax.annotate(f"{row['ratio']:.2f}", (max(row["ratio"], 1, target or 0), y), **beside)
+        if target:
+            ax.plot(2 * [target], [y - 0.4, y + 0.4], color="black", linewidth=2)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
     ax.invert_yaxis()
@@ -78,7 +79,12 @@ def chart(rows, machine, peers):
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", labelsize=8)
     ax.margins(x=0.12, y=0.01)
-    ax.set_xlabel("ratio; green: target met, orange: missed, gray: none set; black tick: the target", fontsize=8)
+    ax.set_xlabel(
+        "theirs over ours, or share of the matrix product's rate: more is better\n"
+        "copy, bare steps, memory: ours over theirs, less is better\n"
+        "blue: target met, orange: missed, gray: none set; black tick: the target",
+        fontsize=8,
+    )
     devices = sorted({facts["device"] for facts in peers.values()})
     ax.set_title(f"{machine['cpu']}, {machine['cores']} cores; {', '.join(devices)}", fontsize=8)
     return fig

@@ -19,6 +19,8 @@ from plif_jax.errors import UserError
 from plif_jax.neurons import Neuron
 from plif_jax.surrogate import Surrogate
 
+BEHIND = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}  # text that lies over a picture
+
 
 def _array(what, array, axes):
     """An array as NumPy's, with the axes that `axes` names."""
@@ -48,10 +50,13 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
       neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
 
     Raises:
-      UserError: currents of another shape, no neurons, or one with several numbers where one alone has one.
+      UserError: currents of another shape or not finite, no neurons, or one with several numbers where one alone has
+        one.
     """
     x = np.asarray(currents, float)
     x = jnp.asarray(_array("currents", x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x, "T"), float)
+    if not jnp.isfinite(x).all():
+        raise UserError("currents hold a value that is not finite; there is no membrane to draw after it")
     if not neurons:
         raise UserError("there are no neurons to draw; give {label: neuron}")
     if many := [label for label, neuron in neurons.items() if not is_single(neuron)]:
@@ -60,7 +65,8 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     thresholds = sorted({float(jnp.asarray(neuron.v_threshold)) for neuron in neurons.values()})
     for threshold in thresholds:
         ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
-        ax.text(len(x) + 0.3, threshold, "threshold", color="gray", ha="right", va="bottom", fontsize="small")
+        which = "threshold" if len(thresholds) == 1 else f"threshold {threshold:g}"
+        ax.text(len(x) + 0.3, threshold, which, color="gray", ha="right", va="bottom", fontsize="small", bbox=BEHIND)
     answers = {label: charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
     top = max(*thresholds, *(float(h.max()) for h, _, _ in answers.values()))
     for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
@@ -74,6 +80,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
             linewidths=2,
         )
     ax.set(xlim=(0.5, len(x) + 0.5), xlabel="time (timesteps)", ylabel="membrane h, reset to v; ticks: spikes")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     return ax
 
@@ -121,16 +128,23 @@ def firing_rates(ax, layers: Mapping[str, LayerRecord]):
         raise UserError("there are no layers to draw; give what `recording.record` returns, {name: LayerRecord}")
     rates_LT = 100 * np.array([np.asarray(layer.firing_rate).mean(1) for layer in layers.values()])
     L, T = rates_LT.shape
-    image = ax.imshow(rates_LT, cmap="cividis", aspect="auto", vmin=0, extent=(0.5, T + 0.5, L - 0.5, -0.5))
+    top, extent = rates_LT.max() or 1, (0.5, T + 0.5, L - 0.5, -0.5)  # 1 where nothing fires
+    image = ax.imshow(rates_LT, cmap="cividis", aspect="auto", vmin=0, vmax=top, extent=extent)
     if T <= 12:
         for i, t in np.ndindex(L, T):
-            color = "black" if rates_LT[i, t] > 0.6 * rates_LT.max() else "white"
-            ax.text(t + 1, i, f"{rates_LT[i, t]:.1f}", color=color, ha="center", va="center", fontsize="small")
+            color = "black" if rates_LT[i, t] > 0.6 * top else "white"
+            ax.text(t + 1, i, _percent(rates_LT[i, t], 1), color=color, ha="center", va="center", fontsize="small")
     ax.set_yticks(range(L), layers)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="time (timesteps)", ylabel="spiking layer, input at the top")
     ax.figure.colorbar(image, ax=ax, label="neurons that fire (%)")
     return ax
+
+
+def _percent(share, digits):
+    """A share in percent as text: little is not nothing."""
+    text = f"{share:.{digits}f}"
+    return text if float(text) else f"<{10.0**-digits:g}" if share else "0"
 
 
 def _mosaic(images_N, columns, fill):
@@ -160,7 +174,8 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     maps = np.moveaxis(spikes_THWC[..., channels], -1, 0).reshape(-1, H, W)
     picture, gap = _mosaic(maps, T, fill=np.nan)  # nan shows the axis, white
     ax.imshow(picture, cmap="cividis", vmin=0, vmax=1)
-    ax.set_xticks(np.arange(T) * (W + gap) + W / 2, np.arange(1, T + 1))
+    told = np.arange(0, T, -(-T // 20))
+    ax.set_xticks(told * (W + gap) + W / 2, told + 1)
     ax.set_yticks(np.arange(len(channels)) * (H + gap) + H / 2, channels)
     ax.tick_params(length=0)
     ax.set(xlabel="time (timesteps)", ylabel="channel")
@@ -171,7 +186,7 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
     colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
-    if columns < 1:
+    if not isinstance(columns, int | np.integer) or columns < 1:
         raise UserError(f"columns is {columns}; give how many frames lie side by side, 1 or more")
     columns = min(columns, T)
     picture, gap = _mosaic(colors, columns, fill=0.5)
@@ -179,8 +194,7 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     for t in range(T):
         row, column = divmod(t, columns)
         at = (column * (W + gap) + 0.03 * W, row * (H + gap) + 0.03 * H)
-        behind = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
-        ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small", bbox=behind)
+        ax.text(*at, f"t = {t + 1}", va="top", fontsize="x-small", bbox=BEHIND)
     ax.set(xticks=[], yticks=[])
     full = full_strength(np.asarray(frames_THW2, np.float32))
     ax.set_xlabel(f"events: blue darker, orange brighter, black both; full colour from {full:.3g} in a pixel and frame")
@@ -206,12 +220,11 @@ def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
     for label, prediction in np.ndindex(*share.shape):
         if counts[label, prediction]:
             color = "black" if share[label, prediction] > 60 else "white"
-            percent = f"{share[label, prediction]:.0f}"
-            text = "<1" if percent == "0" else percent
+            text = _percent(share[label, prediction], 0)
             ax.text(prediction, label, text, color=color, ha="center", va="center", fontsize="small")
     ax.set_xticks(range(len(counts)), names, rotation=90 if max(map(len, names)) > 2 else 0)
     ax.set_yticks(range(len(counts)), names)
-    title = f"accuracy {np.trace(counts) / counts.sum():.2%}" if counts.any() else "no samples"
+    title = f"accuracy {np.trace(counts) / counts.sum():.2%} of {counts.sum()}" if counts.any() else "no samples"
     ax.set(xlabel="predicted class", ylabel="class", title=title)
     ax.figure.colorbar(image, ax=ax, label="of the class's samples (%)")
     return ax

@@ -68,7 +68,7 @@ def _events(name, data_root, cache_dir):
         lines,
         rows,
         [r.label for r in chosen],
-        f"{name}: ON events orange, OFF events blue, time to the right{turned}",
+        f"{name}: ON events orange, OFF blue, both black, time to the right{turned}",
     )
 
 
