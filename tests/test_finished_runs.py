@@ -30,6 +30,11 @@ def test_evaluation_of_the_best_checkpoint_gives_the_run_s_best_accuracy(whole):
     assert all(0 <= rate <= 1 for rate in figures["firing_rates"].values())
 
 
+def test_a_network_is_read_without_a_warning(whole, caplog):
+    checkpoint.load_network(whole[0].run_dir)
+    assert not caplog.records, "in a notebook they stand between the results"
+
+
 def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch):
     config, _ = whole
     sizes, run = [], evaluation.evaluation_calls

@@ -264,8 +264,9 @@ class Checkpoints:
 
 
 def _read_record(folder):
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder / "record")
+    # The handler itself, here and below: a `Checkpointer` would warn that a part has no metadata of a whole checkpoint.
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        return handler.restore(folder / "record")
 
 
 def _read_state(folder, template):
@@ -274,10 +275,9 @@ def _read_state(folder, template):
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()
     }
     args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        if saved := checkpointer.metadata(folder / "state").item_metadata:  # none where a part is gone
-            _refuse_another_network(folder, saved.tree, abstract)
-        arrays = checkpointer.restore(folder / "state", args=args)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        _refuse_another_network(folder, handler.metadata(folder / "state").tree, abstract)
+        arrays = handler.restore(folder / "state", args=args)
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in named])
 
 
