@@ -116,3 +116,11 @@ def test_what_these_networks_cannot_express_is_refused():
     nothing = chain(("input", nir.Input(np.array([4]))), ("output", nir.Output(np.array([4]))), metadata={"dt": 1e-4})
     with pytest.raises(UserError, match="no neurons"):
         nir_interop.from_nir(nothing, T=1)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    graph = mlp(lif(4))
+    name = next(name for name, node in graph.nodes.items() if hasattr(node, "weight"))
+    graph.nodes[name].weight[0, 0] = np.nan
+    with pytest.raises(UserError, match=f"{name} has weights that are not finite"):
+        nir_interop.from_nir(graph, T=20)

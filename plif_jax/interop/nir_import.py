@@ -47,6 +47,9 @@ def from_nir(graph, *, dt=None, T=None):
     classes = _popped_vote(chain)
     flattened = None
     for name, node in chain:
+        weights = [getattr(node, field, None) for field in ("weight", "bias")]
+        if not all(np.isfinite(values).all() for values in weights if values is not None):
+            raise UserError(f"{name} has weights that are not finite; mend the graph")
         if isinstance(node, nir.Flatten):
             if len(shape) == 3:
                 flattened = shape
