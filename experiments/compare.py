@@ -91,8 +91,8 @@ def draw(ours, theirs, init_tau, name, path):
         ax = tau_over_epochs(axes[0, 1], ours, init_tau)
         for tag, color in zip(w_tags(theirs), shades(len(w_tags(theirs))), strict=True):
             epochs, w = zip(*_up_to(last, per_epoch(theirs, tag)), strict=True)
-            taus = [init_tau, *tau_of(w)]
-            ax.plot([0, *(e + 1 for e in epochs)], taus, "--", **line(taus, color, thin=True))
+            curve = [init_tau, *tau_of(w)]
+            ax.plot([0, *(e + 1 for e in epochs)], curve, "--", **line(curve, color, thin=True))
         ax.set_title("thin, dashed: theirs", fontsize="medium")
     run_title(fig, name)
     fig.savefig(path, dpi=120)

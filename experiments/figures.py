@@ -40,6 +40,14 @@ def caption(fig, text):
     fig.suptitle(textwrap.fill(text, int(11 * fig.get_figwidth())), fontsize="medium")
 
 
+def _named(alike):
+    """{label with the layers' names: what the first of them has} from {label: {layer's name: what it has}}."""
+    return {
+        textwrap.fill(f"{label}: {', '.join(layers)}", 24): next(iter(layers.values()))
+        for label, layers in alike.items()
+    }
+
+
 def draw_neurons(net, folder, checkpoint):
     """The neuron figure, with some time constants and with the network's own; and surrogates, with those it learned."""
     x = np.concatenate([np.zeros(4), np.full(20, 1.3), np.zeros(8), np.full(8, 2.5), np.zeros(10)])
@@ -50,10 +58,7 @@ def draw_neurons(net, folder, checkpoint):
         if plots.is_single(layer):
             alike.setdefault(label, {})[name] = layer
     some = {f"tau = {tau:g}": neurons.LIF(tau) for tau in (1.25, 2.0, 4.0, 16.0)}
-    own = {
-        textwrap.fill(f"{label}: {', '.join(layers)}", 24): next(iter(layers.values()))
-        for label, layers in alike.items()
-    }
+    own = _named(alike)
     rows = [1, 3, 3] if own else [1, 3]
     fig, (current, above, *below) = figure(len(rows), width=9, height=sum(rows) + 1, sharex=True, height_ratios=rows)
     current.step(np.arange(1, len(x) + 1), x, where="mid", color="black")
@@ -65,13 +70,16 @@ def draw_neurons(net, folder, checkpoint):
     save(fig, folder / "neuron.png")
     some = {"ATan (the paper's)": surrogate.ATan()}
     some |= {kind.__name__: kind() for kind in (surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Erf)}
+    learned = {}  # likewise
     for name, layer in net.named_neurons().items():
         alpha = getattr(layer.surrogate, "alpha", None)
         if isinstance(layer.surrogate, surrogate.Surrogate) and isinstance(alpha, nnx.Param):
-            some[f"{name}: {type(layer.surrogate).__name__}, alpha {alpha[...]:.3f}"] = layer.surrogate
-    fig, axes = figure(1, 2, width=10)
-    plots.surrogate_functions(axes[0], some)
-    plots.surrogate_gradients(axes[1], some)
+            label = f"{type(layer.surrogate).__name__}, alpha {alpha[...]:.2f}"
+            learned.setdefault(label, {})[name] = layer.surrogate
+    some |= _named(learned)
+    fig, axes = figure(1, 2, width=12)
+    plots.surrogate_functions(axes[0], some).get_legend().remove()  # the other's tells
+    plots.surrogate_gradients(axes[1], some).legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     save(fig, folder / "surrogate.png")
 
 
@@ -94,7 +102,7 @@ def draw_input(config, x, stored, folder, title):
 
 def _voters(spikes_TN, classes):
     """Of as many output neurons of every class the spikes [T, n], evenly spread over those of the class."""
-    group = spikes_TN.shape[1] // classes
+    group = spikes_TN.shape[1] // classes  # a whole number, or they could not vote
     of_class = np.linspace(0, group - 1, min(group, max(1, RASTER_NEURONS // classes))).astype(int)
     return spikes_TN[:, (group * np.arange(classes)[:, None] + of_class).ravel()]
 

@@ -7,20 +7,26 @@ from flax import nnx
 from PIL import Image
 
 import figures
+from plif_jax.analysis import recording
 from plif_jax.config import Config
 from plif_jax.networks import NMNISTNet
 
 CLASSES = [f"class {c}" for c in range(10)]
 
 
-@pytest.fixture(scope="module")
-def net():
-    net = NMNISTNet(T=3, channels=4, number_layer=2, rngs=nnx.Rngs(0))
+def firing(number_layer):
+    """A network whose neurons all fire now and then."""
+    net = NMNISTNet(T=3, channels=4, number_layer=number_layer, rngs=nnx.Rngs(0))
     for layer in net.named_layers().values():
         if hasattr(layer, "kernel"):
             layer.kernel[...] *= 8
     net.eval()
     return net
+
+
+@pytest.fixture(scope="module")
+def net():
+    return firing(number_layer=2)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +58,12 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
         said[path.stem] = " ".join([fig.get_suptitle(), *(ax.get_title() for ax in fig.axes)])
 
     monkeypatch.setattr(figures, "save", save)
-    net = NMNISTNet(T=3, channels=4, number_layer=3, rngs=nnx.Rngs(0))
-    figures.draw_layers(
-        net, jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0), CLASSES, tmp_path, "sample 0: class 3", "latest"
-    )
+    net, x = firing(number_layer=3), jnp.moveaxis(jnp.asarray(frames, jnp.float32), 1, 0)
+    figures.draw_layers(net, x, CLASSES, tmp_path, "sample 0: class 3", "latest")
     assert "mean over 5 test samples, latest" in said["firing_rates"]
+    voters = figures._voters(np.asarray(recording.record(net, x[:, :1])[1]["fc.6"].spikes[:, 0]), 10)
+    shown = [list(ticks.get_positions()) for ticks in drawn["raster"][-1].collections]
+    assert any(shown) and shown == [list(np.flatnonzero(train) + 1) for train in voters.T]
     assert all("sample 0: class 3, latest" in said[name] for name in ("raster", "spike_maps"))
     titles = [ax.get_title().split(",")[0] for ax in drawn["raster"]]
     assert titles == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
@@ -69,13 +76,13 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
     for layer in net.named_neurons().values():
         layer.w[...] = 6.0  # tau = 1.0025, which reads 1.00
     figures.draw_neurons(net, tmp_path, "latest")
-    lines = {text.get_text() for text in drawn["surrogate"][0].get_legend().get_texts()}
-    assert lines == {"spike", "ATan (the paper's)", "Sigmoid", "PiecewiseQuadratic", "Erf"}
+    lines = {text.get_text() for text in drawn["surrogate"][1].get_legend().get_texts()}
+    assert lines == {"ATan (the paper's)", "Sigmoid", "PiecewiseQuadratic", "Erf"}
     net = NMNISTNet(T=3, channels=4, number_layer=1, alpha_learnable=True, rngs=nnx.Rngs(0))
     net.conv[2].surrogate.alpha[...] = 2.5
     figures.draw_neurons(net, tmp_path, "latest")
-    lines = {text.get_text() for text in drawn["surrogate"][0].get_legend().get_texts()}
-    assert {"conv.2: ATan, alpha 2.500", "fc.3: ATan, alpha 2.000"} <= lines
+    lines = {" ".join(text.get_text().split()) for text in drawn["surrogate"][1].get_legend().get_texts()}
+    assert {"ATan, alpha 2.50: conv.2", "ATan, alpha 2.00: fc.3, fc.6"} <= lines
 
 
 @pytest.mark.parametrize("classes", [2, 10, 11, 24, 100])

@@ -181,7 +181,7 @@ def test_confusion_matrix_shows_shares_of_each_class(ax):
     assert plots.confusion_matrix(ax, [[3, 1], [0, 0]], ["cat", "dog"]) is ax
     drawn(ax)
     np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 0]])
-    assert ax.get_title() == "accuracy 75.00% of 4"
+    assert ax.get_title() == "accuracy 75.00% of 4 samples"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
 
 

@@ -49,6 +49,7 @@ def test_a_row_names_ratio_and_target():
     (axes,) = report.chart([faster, limit], {"cpu": "a CPU", "cores": 2}, {}).axes
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
     np.testing.assert_allclose(bars, [(1, faster["ratio"]), (1, limit["ratio"])])
+    assert axes.get_xlim()[0] < 1 and axes.get_xlim()[1] > 3
 
 
 def test_spread_is_zero_on_a_quiet_machine_and_grows():

@@ -118,9 +118,10 @@ def test_what_these_networks_cannot_express_is_refused():
         nir_interop.from_nir(nothing, T=1)
 
 
-def test_weights_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("field", ["weight", "r", "tau", "v_threshold"])
+def test_values_that_are_not_finite_are_refused(field):
     graph = mlp(lif(4))
-    name = next(name for name, node in graph.nodes.items() if hasattr(node, "weight"))
-    graph.nodes[name].weight[0, 0] = np.nan
-    with pytest.raises(UserError, match=f"{name} has weights that are not finite"):
+    name, node = next((name, node) for name, node in graph.nodes.items() if hasattr(node, field))
+    getattr(node, field).flat[0] = np.nan
+    with pytest.raises(UserError, match=f"{field} of {name} is not finite everywhere"):
         nir_interop.from_nir(graph, T=20)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from plif_jax.analysis import plots
 from plif_jax.curves import COLORS, figure
 
 
@@ -66,10 +67,13 @@ def chart(rows, machine, peers):
     for y, row in enumerate(rows):
         target = float(row["target"].split()[1]) if row["target"] else None
         ax.barh(y, row["ratio"] - 1, left=1, color=colors[row["met"]], height=0.7)
-        beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        ax.annotate(f"{row['ratio']:.2f}", (max(row["ratio"], 1, target or 0), y), **beside)
         if target:
             ax.plot(2 * [target], [y - 0.4, y + 0.4], color="black", linewidth=2)
+        offset, side = ((3, 0), "left") if row["ratio"] >= 1 else ((-3, 0), "right")
+        # In the bar's color: at a ratio of 1 there is no bar. Over a target's tick.
+        text = {"color": colors[row["met"]], "bbox": {**plots.BEHIND, "alpha": 1}, "fontsize": 7}
+        at = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+        ax.annotate(f"{row['ratio']:.2f}", (row["ratio"], y), **at, **text)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
     ax.invert_yaxis()
@@ -78,6 +82,7 @@ def chart(rows, machine, peers):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", labelsize=8)
+    ax.use_sticky_edges = False  # the bars' common start is no edge of the chart
     ax.margins(x=0.12, y=0.01)
     ax.set_xlabel(
         "theirs over ours, or share of the matrix product's rate: more is better\n"

@@ -54,8 +54,8 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
         one.
     """
     x = np.asarray(currents, float)
-    x = jnp.asarray(_array("currents", x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x, "T"), float)
-    if not jnp.isfinite(x).all():
+    x = _array("currents", x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x, "T")
+    if not np.isfinite(x).all():
         raise UserError("currents hold a value that is not finite; there is no membrane to draw after it")
     if not neurons:
         raise UserError("there are no neurons to draw; give {label: neuron}")
@@ -67,7 +67,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
         ax.axhline(threshold, color="gray", linestyle="--", linewidth=1)
         which = "threshold" if len(thresholds) == 1 else f"threshold {threshold:g}"
         ax.text(len(x) + 0.3, threshold, which, color="gray", ha="right", va="bottom", fontsize="small", bbox=BEHIND)
-    answers = {label: charge_fire_reset(neuron, x) for label, neuron in neurons.items()}
+    answers = {label: charge_fire_reset(neuron, jnp.asarray(x, float)) for label, neuron in neurons.items()}
     top = max(*thresholds, *(float(h.max()) for h, _, _ in answers.values()))
     for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
         membrane = np.stack([h, v], 1).ravel()
@@ -186,8 +186,8 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
     colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
-    if not isinstance(columns, int | np.integer) or columns < 1:
-        raise UserError(f"columns is {columns}; give how many frames lie side by side, 1 or more")
+    if not isinstance(columns, int | np.integer) or isinstance(columns, bool) or columns < 1:
+        raise UserError(f"columns is {columns!r}; give how many frames lie side by side, 1 or more")
     columns = min(columns, T)
     picture, gap = _mosaic(colors, columns, fill=0.5)
     ax.imshow(picture)
@@ -224,7 +224,8 @@ def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
             ax.text(prediction, label, text, color=color, ha="center", va="center", fontsize="small")
     ax.set_xticks(range(len(counts)), names, rotation=90 if max(map(len, names)) > 2 else 0)
     ax.set_yticks(range(len(counts)), names)
-    title = f"accuracy {np.trace(counts) / counts.sum():.2%} of {counts.sum()}" if counts.any() else "no samples"
+    total = int(counts.sum())
+    title = f"accuracy {np.trace(counts) / total:.2%} of {total} samples" if total else "no samples"
     ax.set(xlabel="predicted class", ylabel="class", title=title)
     ax.figure.colorbar(image, ax=ax, label="of the class's samples (%)")
     return ax

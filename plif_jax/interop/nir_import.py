@@ -47,9 +47,10 @@ def from_nir(graph, *, dt=None, T=None):
     classes = _popped_vote(chain)
     flattened = None
     for name, node in chain:
-        weights = [getattr(node, field, None) for field in ("weight", "bias")]
-        if not all(np.isfinite(values).all() for values in weights if values is not None):
-            raise UserError(f"{name} has weights that are not finite; mend the graph")
+        for field in ("weight", "bias", "r", "tau", "v_threshold", "v_leak", "v_reset"):
+            values = getattr(node, field, None)
+            if values is not None and not np.isfinite(values).all():
+                raise UserError(f"{field} of {name} is not finite everywhere; mend the graph")
         if isinstance(node, nir.Flatten):
             if len(shape) == 3:
                 flattened = shape

@@ -325,9 +325,9 @@ def load_network(run: str | Path, kind: str = "best"):
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1], abstract=True)
     try:
         state = _read_chosen(folder, kind, template)
-    except (FileNotFoundError, ValueError) as error:  # Orbax's, of a folder of which a part is gone
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception:  # Orbax's and TensorStore's, of a folder of which a part is gone
         # A running run has removed it since; by the next time it has long to go.
         state = _read_chosen(folder, kind, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
