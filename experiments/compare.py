@@ -119,7 +119,7 @@ def main(argv):
     theirs = published.metrics
     layers, their_layers = len(w_tags(ours)), len(w_tags(theirs))
     if layers and their_layers and layers != their_layers:
-        print(f"mind:  w of {layers} layers here, of {their_layers} there: none is the other's, w is left out")
+        print(f"mind:  {layers} layers have a w, theirs {their_layers}: they are not the same ones, w is not compared")
         theirs = {tag: curve for tag, curve in theirs.items() if tag not in w_tags(theirs)}
     print_accuracy(ours, theirs)
     print_w(ours, theirs)

@@ -78,7 +78,7 @@ def draw_neurons(net, folder, checkpoint):
             learned.setdefault(label, {})[name] = layer.surrogate
     some |= _named(learned)
     fig, axes = figure(1, 2, width=12)
-    plots.surrogate_functions(axes[0], some).get_legend().remove()  # the other's tells
+    plots.surrogate_functions(axes[0], some).legend(axes[0].lines[:1], ["spike"])  # the other's tells the rest
     plots.surrogate_gradients(axes[1], some).legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     save(fig, folder / "surrogate.png")
 

@@ -78,6 +78,7 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
     figures.draw_neurons(net, tmp_path, "latest")
     lines = {text.get_text() for text in drawn["surrogate"][1].get_legend().get_texts()}
     assert lines == {"ATan (the paper's)", "Sigmoid", "PiecewiseQuadratic", "Erf"}
+    assert [text.get_text() for text in drawn["surrogate"][0].get_legend().get_texts()] == ["spike"]
     net = NMNISTNet(T=3, channels=4, number_layer=1, alpha_learnable=True, rngs=nnx.Rngs(0))
     net.conv[2].surrogate.alpha[...] = 2.5
     figures.draw_neurons(net, tmp_path, "latest")

@@ -132,7 +132,7 @@ def test_layers_of_a_deeper_network_are_not_taken_for_one_another(run, published
         file.write(json.dumps({"tag": "w1", "step": 10, "value": 0.0, "time": 0.0}) + "\n")
     compare.main([str(run), "-reference", str(published)])
     printed = capsys.readouterr().out
-    assert "mind:  w of 2 layers here, of 1 there: none is the other's" in printed and "w of layer" not in printed
+    assert "mind:  2 layers have a w, theirs 1: they are not" in printed and "w of layer" not in printed
     assert "after    10      60.00%" in printed
 
 

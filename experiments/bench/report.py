@@ -5,7 +5,6 @@ from pathlib import Path
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from plif_jax.analysis import plots
 from plif_jax.curves import COLORS, figure
 
 
@@ -70,8 +69,9 @@ def chart(rows, machine, peers):
         if target:
             ax.plot(2 * [target], [y - 0.4, y + 0.4], color="black", linewidth=2)
         offset, side = ((3, 0), "left") if row["ratio"] >= 1 else ((-3, 0), "right")
-        # In the bar's color: at a ratio of 1 there is no bar. Over a target's tick.
-        text = {"color": colors[row["met"]], "bbox": {**plots.BEHIND, "alpha": 1}, "fontsize": 7}
+        # In the bar's colour, for at a ratio of 1 there is no bar; and on white, for a target's tick may lie there.
+        white = {"facecolor": "white", "linewidth": 0, "pad": 1}
+        text = {"color": colors[row["met"]], "bbox": white, "fontsize": 7}
         at = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
         ax.annotate(f"{row['ratio']:.2f}", (row["ratio"], y), **at, **text)
     ax.axvline(1, color="black", linewidth=0.8)
