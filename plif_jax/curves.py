@@ -132,9 +132,10 @@ def tau_over_epochs(ax, metrics, init_tau=None):
     if tags:
         columns = 1 + (len(tags) - 1) // 16
         ax.legend(title="tau now", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), ncols=columns)
-        if (spread := max(map(np.max, taus)) / min(map(np.min, taus))) > 8:
+        least, most = min(map(np.min, taus)), max(map(np.max, taus))
+        if most > 8 * least:
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1e5 else (1,)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1e5 * least else (1,)))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("membrane time constant tau (timesteps)")
