@@ -20,12 +20,28 @@ from plif_jax.mapped import vary_alike
 MAX_UNROLL = 32
 # Where no gradient needs the membranes, XLA's plan of an unrolled sequence for a CPU keeps none: each timestep runs all
 # those before it again, T^2 / 2 in all.
-MAX_UNROLL_FORWARD = 8
+MAX_UNROLL_FORWARD = 10
+# What more timesteps give, XLA writes for a CPU into an array each, and copies these into one.
+MAX_STACK = 8
 
 
 def _scan(step, carry, xs, T, forward_only=False, **kwargs):
-    most = MAX_UNROLL_FORWARD if forward_only else MAX_UNROLL
-    return lax.scan(step, carry, xs, T, unroll=T if 0 < T <= most else 1, **kwargs)
+    if T > (MAX_UNROLL_FORWARD if forward_only else MAX_UNROLL):
+        return lax.scan(step, carry, xs, T, **kwargs)
+    if T <= MAX_STACK:
+        return lax.scan(step, carry, xs, T, unroll=max(T, 1), **kwargs)
+    # Unrolled as well, in groups: stacks of stacks. A prime T is one of T groups.
+    size = next(n for n in range(MAX_STACK, 0, -1) if T % n == 0)
+    groups = jax.tree.map(lambda x: x.reshape(T // size, size, *x.shape[1:]), xs)
+    carry, ys = lax.scan(
+        lambda carry, xs: lax.scan(step, carry, xs, size, unroll=size, **kwargs),
+        carry,
+        groups,
+        T // size,
+        unroll=T // size,
+        **kwargs,
+    )
+    return carry, jax.tree.map(lambda y: y.reshape(T, *y.shape[2:]), ys)
 
 
 _scanning = ContextVar("scanning", default=False)
@@ -114,8 +130,11 @@ def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, a
             return (v_bar, *jax.tree.map(jnp.add, totals, list(terms))), None if rows is None else x_bar
 
         total = None if rows is not None else jnp.zeros_like(x[0], begin.dtype)
-        carry = (v_bar, jax.tree.map(jnp.zeros_like, params), total)
-        (v_bar, params_bar, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
+        # Sums never below float32: in bfloat16 they stop growing after some hundred timesteps.
+        sums = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+        carry = (v_bar, sums, total)
+        (v_bar, sums, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
+        params_bar = jax.tree.map(lambda sum, p: sum.astype(p.dtype), sums, params)
         return params_bar, None if v is None else v_bar, total[None].astype(x.dtype) if rows is None else x_bar
 
     def kernel(params, v, x, affine, v_bar, s_bar):

@@ -165,7 +165,7 @@ def test_the_fast_gradient_holds_past_the_longest_unrolled_stretch(x64, monkeypa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), fast, autodiff)
 
 
-@pytest.mark.parametrize("T, loops", [(8, False), (20, True)])
+@pytest.mark.parametrize("T, loops", [(10, False), (20, True)])
 def test_long_sequences_without_a_gradient_run_each_timestep_once(T, loops):
     neuron, x = neurons.PLIF(), currents(T, N=1000).astype(np.float32)
     forward_only = jax.jit(lambda x: neuron(x)).lower(x).compile()
@@ -173,6 +173,28 @@ def test_long_sequences_without_a_gradient_run_each_timestep_once(T, loops):
     np.testing.assert_array_equal(forward_only(x), trained(x))
     # Unrolled without the membranes being kept, timestep t's fusion would run the t before it again.
     assert ["while" in program.as_text() for program in (forward_only, trained)] == [loops, False]
+
+
+@pytest.mark.parametrize("T", [10, 20])
+def test_many_timesteps_are_written_where_they_end(T):
+    neuron, x = neurons.PLIF(), currents(T, N=1000).astype(np.float32)
+
+    def found():
+        answer = jax.jit(nnx.value_and_grad(lambda neuron, x: (neuron(x) ** 2).sum(), argnums=(0, 1)))
+        forward_and_backward = jax.jit(lambda x: (neuron(x), jax.vjp(neuron, x)[1](x)))
+        program = forward_and_backward.lower(x).compile().as_text()
+        # XLA's CPU compiler stacks results of many fusions by copying them, each at its own time.
+        return answer(neuron, x), program[program.index("\nENTRY") :].count(" concatenate(")
+
+    grouped, copies = found()
+    assert copies == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "MAX_STACK", sequence.MAX_UNROLL)
+        jax.clear_caches()
+        flat, copies = found()
+        assert copies > 0  # or the groups are no longer worth their lines
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, grouped, flat)
 
 
 # The paper program's numbers
