@@ -121,6 +121,17 @@ def test_an_archive_that_python_cannot_unpack_says_so(tmp_path):
         archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
 
 
+def test_an_encrypted_archive_says_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
+        packed.writestr("Train/0/1.bin", b"12345")
+    content = bytearray((tmp_path / "Train.zip").read_bytes())
+    for header in (content.index(b"PK\x03\x04") + 6, content.index(b"PK\x01\x02") + 8):
+        content[header] |= 1
+    (tmp_path / "Train.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"Train\.zip: Train/0/1\.bin in it is encrypted: unpack it yourself"):
+        archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
+
+
 def truncate(archive):
     archive.write_bytes(archive.read_bytes()[:-300])
 

@@ -32,6 +32,16 @@ def test_a_part_of_nmnist(here):
     assert imread("NMNIST.png").shape[0] > 500
 
 
+def test_a_recording_written_anew_is_looked_at_anew(here, monkeypatch):
+    """In one program, which keeps the last recording that it read."""
+    path, caught = here / "data" / "Train" / "4" / "1.bin", drawn(monkeypatch)
+    path.parent.mkdir(parents=True)
+    for x in (5, 7):
+        write_recording(path, {"t": [1, 2], "x": [x, x], "y": [0, 0], "p": [1, 1]})
+        checks.check("NMNIST", here / "data", here / "cache")
+    assert [sorted(set(np.nonzero((rows[0] < 1).any(-1))[1] % 34)) for rows, *_ in caught] == [[5], [7]]
+
+
 def test_no_class_s_name_is_cut_off(here):
     write_idx_set(here / "FashionMNIST")  # "T-shirt/top" is the longest name of any set
     checks.check("FashionMNIST", here, here / "cache")

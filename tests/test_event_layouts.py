@@ -150,6 +150,15 @@ def test_a_gesture_without_events_is_named(tmp_path):
         events.load("DVS128Gesture", tmp_path / "data", tmp_path / "cache", T=3, progress=False)
 
 
+@pytest.mark.parametrize("train", ["a.aedat\nb.aedat\na.aedat", "b.aedat\nc.aedat"])
+def test_a_recording_that_is_listed_twice_is_named(tmp_path, train):
+    """It would count double, or be trained on and tested."""
+    (tmp_path / "trials_to_train.txt").write_text(train)
+    (tmp_path / "trials_to_test.txt").write_text("c.aedat\n")
+    with pytest.raises(UserError, match=r"trials_to_train\.txt and trials_to_test\.txt name [ac]\.aedat twice: remove"):
+        recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+
+
 def test_gesture_labels_that_are_missing_are_named(tmp_path):
     write_gesture(tmp_path / "data")
     (tmp_path / "data" / "user24_lab_labels.csv").unlink()
@@ -200,6 +209,16 @@ def test_tonics_gestures(tmp_path):
     assert [Path(r.path).parent.name for r in found.train] == ["user01_lab", "user02_led"] * 2
     assert [r.label for r in found.train] == [0, 0, 10, 10] and len(found.test) == 2
     assert found.expected == (1077, 264)
+    train = tmp_path / "DVSGesture" / "ibmGestureTrain"
+    (train / "user01_lab" / "0.npy").rename(train / "user01_lab" / "0.NPY")
+    (train / "user01_lab" / "5.npy").mkdir()
+    shutil.copytree(train / "user02_led", train / ".user01_lab")
+    again = recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+    assert [Path(r.path).name for r in again.train] == ["0.NPY", "0.npy", "10.npy", "10.npy"]
+    copied = shutil.copytree(train / "user02_led", train / "user01_lab (1)")
+    with pytest.raises(UserError, match=r"user01_lab \(1\) is by its name a copy of user01_lab: remove it"):
+        recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+    shutil.rmtree(copied)
     for deeper in tmp_path.glob("DVSGesture/ibm*"):  # not a layout that anybody has
         deeper.rename(deeper.with_name("moved"))
         deeper.mkdir()
@@ -232,11 +251,17 @@ def test_the_same_recordings_elsewhere_share_the_cache(tmp_path):
     [
         ("labels.txt", b"0 12\n", "cannot be read as lines of number and class .class 12 is not one of 1 to 11"),
         ("labels.txt", b"these are mine\n", "cannot be read as lines of number and class"),
+        ("labels.txt", b"1 1\n2 1\n1 3\n", "cannot be read as lines .* .number 1 is there twice"),
         ("labels.txt", b"\xff\xfe", "is not a text file"),
         ("trials_to_train.txt", b"\xff\xfe", "is not a text file"),
         ("a_labels.csv", b"class,start,end\n0,1,2\n", "class 0 is not one of 1 to 11"),
         ("a_labels.csv", b"class,start,end\n1,2,2\n", "nothing lies between 2 and 2"),
         ("a_labels.csv", b"", "it has no row"),
+        ("a_labels.csv", b"\n1,0,2\n2,2,4\n", "cannot be read as class, .* .its first line does not name the columns"),
+        ("a_labels.csv", b"class,start,end\n1,0,2\n1,0,2\n", "two gestures begin at 0"),
+        ("a_labels.csv", b"class,start,end\n1,0,2\n2,0,3\n", "two gestures begin at 0"),
+        ("a_labels.csv", b"class,start,end\n1\n", "cannot be read as class, startTime_usec, endTime_usec"),
+        ("a_labels.csv", b"\xff\xfe", "is not a text file"),
     ],
 )
 def test_lists_of_gestures_that_are_none_are_named(tmp_path, file, content, says):
@@ -246,8 +271,9 @@ def test_lists_of_gestures_that_are_none_are_named(tmp_path, file, content, says
     if file == "labels.txt":
         (tmp_path / "1.bs2").touch()
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(UserError, match=f"^{tmp_path / file}: .*{says}"):
+    with pytest.raises(UserError, match=f"^{tmp_path / file}: .*{says}") as error:
         recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache")
+    assert str(error.value).count(file) == 1
 
 
 def test_lists_without_their_recordings_are_not_a_data_set(tmp_path):
@@ -261,10 +287,10 @@ def test_lists_without_their_recordings_are_not_a_data_set(tmp_path):
     assert recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache") is None
 
 
-def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+def test_a_list_may_begin_with_a_byte_order_mark_or_an_empty_line(tmp_path):
     write_aedat3(tmp_path / "a.aedat", random_events(0, 50, 128, 128))
     (tmp_path / "trials_to_train.txt").write_bytes(b"\xef\xbb\xbfa.aedat\r\n")
-    (tmp_path / "a_labels.csv").write_text("class,start,end\r\n3,1,200\r\n")
+    (tmp_path / "a_labels.csv").write_text("\r\nclass,start,end\r\n3,1,200\r\n")
     (found,) = recordings.find("DVS128Gesture", tmp_path, tmp_path / "cache").train
     assert found.label == 2 and (found.start, found.end) == (1, 200)
 

@@ -33,6 +33,28 @@ def test_aedat2_address_bits(tmp_path):
     assert event_readers.read(tmp_path / "a.aedat").tolist() == [(127 - 5, 3, 17, 1)]
 
 
+def test_aedat2_of_another_camera_is_refused(tmp_path):
+    """What a DVS128's plug tells, bits 15 and 31, is counted as the paper's program counts it."""
+    for address in (0x8000_0000, 0x8000, 0x1_0000, 0x4000_0000):
+        (tmp_path / "a.aedat").write_bytes(b"#!AER-DAT2.0\r\n" + np.array([0, 1, address, 17], ">u4").tobytes())
+        if not address & 0x7FFF_0000:
+            assert event_readers.read(tmp_path / "a.aedat").tolist() == [(127, 0, 1, 1), (127, 0, 17, 1)]
+            continue
+        with pytest.raises(UserError, match=f"addresses are not those of a DVS128, .*: one is {address:#x}"):
+            event_readers.read(tmp_path / "a.aedat")
+
+
+def test_aedat_headers(tmp_path):
+    """A comment may say anything, and nothing may follow."""
+    events, path = random_events(1, 50, 128, 128), tmp_path / "a.aedat"
+    write_aedat2(path, events)
+    path.write_bytes(path.read_bytes().replace(b"# Timestamps", b"# Creation time: Thu Jan 1 2015\r\n#\n# Timestamps"))
+    assert_same(event_readers.read(path), events)
+    for end in (b"\r\n", b"\r\n# no more\n", b"\n# no end"):
+        path.write_bytes(b"#!AER-DAT2.0" + end)
+        assert len(event_readers.read(path)) == 0
+
+
 def test_aedat4_and_aedat2_give_the_same_events(tmp_path, monkeypatch):
     """DV, which converted CIFAR10-DVS for tonic, counts x and y from the opposite corner of the address."""
     events = random_events(2, 300, 128, 128)
@@ -59,6 +81,11 @@ def test_tonics_gesture_arrays_are_in_milliseconds(tmp_path):
     assert_same(event_readers.read(tmp_path / "3.npy"), events)
 
 
+def test_tonics_times_may_be_half_precision(tmp_path):
+    np.save(tmp_path / "3.npy", np.array([[1, 2, 1, 100], [3, 4, 0, 2000]], np.float16))
+    assert event_readers.read(tmp_path / "3.npy").tolist() == [(1, 2, 100_000, 1), (3, 4, 2_000_000, 0)]
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("dtype", [np.float64, np.uint16])
 def test_asl_dvs_matlab_files(tmp_path, compressed, dtype):
@@ -81,6 +108,10 @@ def truncated(name, cut):
     return write
 
 
+def written(content):
+    return lambda path: path.write_bytes(content)
+
+
 def long_header(path):
     """Claimed in a file that is long enough for it."""
     np.save(path, np.zeros((20_000, 4)))
@@ -98,12 +129,19 @@ def long_header(path):
         ("user1.aedat", truncated("user1.aedat", -3), "truncated: a packet claims 400 bytes, 397 are left"),
         ("user1.aedat", truncated("user1.aedat", -410), "truncated: it ends inside a packet header"),
         ("c_1.aedat", lambda path: path.write_bytes(b"no header at all"), "does not begin with #!AER-DAT"),
+        ("c_1.aedat", written(b"#!AER-DAT\r\n"), "does not begin with #!AER-DAT and a version"),
+        ("c_1.aedat", written(b"#!AER-DAT1.0\r\n" + bytes(60)), r"the file is AEDAT 1\.0; 2\.0 and 3\.1 are read"),
+        ("c_1.aedat", written(b"#!AER-DAT4.0\r\n" + bytes(60)), r"the file is AEDAT 4\.0; 2\.0 and 3\.1 are read"),
+        ("user1.aedat", written(b"#!AER-DAT3.1\r\n#!END-HEADER\r\n"), "holds no polarity events"),
+        ("user1.aedat", written(b"#!AER-DAT3.1\r\n\x01\x80" + bytes(26)), "a packet is compressed: save the"),
         ("c_1.aedat4", lambda path: path.write_bytes(b"#!AER-DAT4.0\r\n\x10"), "c_1.aedat4"),
         ("3.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "not an array as NumPy saves it"),
         ("3.npy", lambda path: np.save(path, np.zeros((5, 3))), r"an array \[5, 3\], not \[N, 4\]"),
         ("3.npy", lambda path: np.save(path, np.array([{"t": 1}])), "not a readable .npy recording"),
         ("3.npy", lambda path: np.save(path, np.full((5, 4), 1.7)), "column x holds fractions"),
-        ("3.npy", lambda path: np.save(path, np.full((5, 4), np.nan)), "column t holds fractions"),
+        ("3.npy", lambda path: np.save(path, np.full((5, 4), np.nan)), "column t holds NaN or infinity"),
+        ("3.npy", lambda path: np.save(path, np.full((5, 4), "1")), r"the file holds <U1, not numbers"),
+        ("3.npy", lambda path: np.save(path, np.zeros((5, 4), "m8")), "the file holds timedelta64, not numbers"),
         ("3.npy", long_header, r"not a readable .npy recording \(Header info length \(65535\)"),
         ("a_1.mat", lambda path: path.write_bytes(b"MATLAB"), "not a MATLAB level 5 file"),
     ],

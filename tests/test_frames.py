@@ -105,7 +105,8 @@ def test_a_packed_structured_array_of_any_integers(x, p, t):
         ({"t": [9, 8]}, "out of order: event 1 at 8 us follows one at 9 us"),
         ({"t": [], "x": [], "y": [], "p": []}, "no events"),
         ({"t": [0.5, 0.7]}, "column t holds fractions: times are whole microseconds"),
-        ({"t": [1.0, np.inf]}, "column t holds fractions"),
+        ({"t": [1.0, np.inf]}, "column t holds NaN or infinity: times and coordinates are whole"),
+        ({"x": [0.5, np.nan]}, "column x holds NaN or infinity"),
         ({"t": ["1", "2"]}, "column t holds <U1"),
         ({"t": [[8], [9]]}, r"column t has shape \[2, 1\]: give one number for each event"),
         (

@@ -1,4 +1,4 @@
-"""Says what there is of a data set, and draws a few samples.
+"""Says what there is of a data set, and draws a few samples into NAME.png in the working directory.
 
 python -m plif_jax.data check NAME
 python -m plif_jax.data check NAME -data_root DATA
@@ -15,7 +15,7 @@ from plif_jax.data.check import check
 def main(argv):
     """Says what there is of the data set that the flags name."""
     parser = Parser(prog="python -m plif_jax.data", description=__doc__)
-    parser.add_argument("command", choices=["check"])
+    parser.add_argument("command", choices=["check"], help="say what there is, and draw")
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("-data_root", help="the folder with your data sets")
     parser.add_argument("-cache_dir", help="the folder for downloads; default: $PLIF_JAX_CACHE or ~/.cache/plif_jax")

@@ -111,6 +111,8 @@ def _unpack_zip(packed, folder):
             continue  # Dropbox begins its archives with a folder "/"
         if not (folder / info.filename).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"the name {info.filename!r} in it leads out of the archive.")
+        if info.flag_bits & 1:
+            raise UserError(f"{info.filename} in it is encrypted: unpack it yourself, beside it.")
         path = packed.extract(info, folder)
         year, month, *rest = info.date_time  # a zip knows no zones: the same seconds wherever it is unpacked
         changed = calendar.timegm((year, min(max(month, 1), 12), *rest))

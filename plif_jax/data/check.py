@@ -8,7 +8,7 @@ import numpy as np
 from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.curves import event_colors, figure
-from plif_jax.data import downloads, event_cache, events, image_files, images, recordings, storage
+from plif_jax.data import downloads, event_cache, event_readers, events, image_files, images, recordings, storage
 from plif_jax.data.dataset import check_name, default_cache_dir
 from plif_jax.errors import UserError
 
@@ -58,6 +58,7 @@ def _events(name, data_root, cache_dir):
         size = sum(map(os.path.getsize, files))
     lines.append(f"{len(files)} files, {size / 1e6:.1f} MB, in {found.folder}")
     chosen = _spread(found.train or found.test)
+    event_readers.read_once.cache_clear()  # a file may have been written anew since an earlier look
     rows = []
     for recording in chosen:
         counts_THWC = event_cache.integrate(recording, DATASETS[name].shape[:2], SHOWN_FRAMES)

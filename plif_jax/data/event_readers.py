@@ -1,10 +1,12 @@
 """Recordings of event cameras, one file at a time, as events in order of time.
 
 Coordinates are as the paper's program sees them, x to the right and y down the frame. Where tonic's reader is right
-it is used. Its `read_dvs_128` and `read_dvs_ibm` fail with the header reader of the same release (1.7), and it takes
-every packet of an AEDAT 3.1 file for polarity events and believes any packet size; here NumPy reads such files.
+it is used. Its `read_dvs_128` and `read_dvs_ibm` fail with the header reader of the same release (1.7), and that with
+some comments; and it takes every packet of an AEDAT 3.1 file for polarity events and believes any packet size. Here
+NumPy reads such files.
 """
 
+import re
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +19,8 @@ from plif_jax.data.frames import integers
 from plif_jax.errors import UserError
 
 EVENTS = np.dtype([("x", "i8"), ("y", "i8"), ("t", "i8"), ("p", "i8")])  # in the order that tonic fills it
-POLARITY_EVENTS = 1  # the AEDAT 3.1 packet type
+POLARITY_EVENTS, COMPRESSED = 1, 0x8000  # the AEDAT 3.1 packet type, and a bit beside it
+OTHER_CAMERAS = 0x7FFF0000  # AEDAT 2.0 address bits; a DVS128 sets bit 15, and jAER bit 31, for what came by its plug
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -60,27 +63,30 @@ def _five_bytes(path):
 
 
 def _aedat(path):
-    """Read AEDAT 2.0 or 3.1, as the header says."""
-    with path.open("rb") as file:
-        if file.read(9) != b"#!AER-DAT":
-            raise UserError("the file does not begin with #!AER-DAT, as AEDAT does")
-    version, start, _ = io.read_aedat_header_from_file(str(path))
-    if 2 <= version < 3:
-        return _aedat2(path, version, start)
-    return _aedat3(memoryview(path.read_bytes())[start:])
+    """Read AEDAT 2.0 or 3.1, as the header says: the lines that begin with #."""
+    content, start = path.read_bytes(), 0
+    version = re.match(rb"#!AER-DAT(\d{1,2}\.\d{1,2})\s", content)
+    if not version:
+        raise UserError("the file does not begin with #!AER-DAT and a version, as AEDAT does")
+    if version[1] not in (b"2.0", b"3.1"):
+        raise UserError(f"the file is AEDAT {version[1].decode()}; 2.0 and 3.1 are read")
+    while content.startswith(b"#", start):
+        start = content.find(b"\n", start) + 1 or len(content)
+    return (_aedat2 if version[1] == b"2.0" else _aedat3)(memoryview(content)[start:])
 
 
-def _aedat2(path, version, start):
+def _aedat2(data):
     """Read the DVS128 events of an AEDAT 2.0 file: CIFAR10-DVS as it was published.
 
     An address holds the polarity (0 is ON) in bit 0, then 7 bits from right to left and 7 bits from top to bottom: of
     the frame, not of the picture, which lies on its side. That is how the paper's program reads them.
     """
-    if (path.stat().st_size - start) % 8:
-        raise UserError(f"the file is truncated: {path.stat().st_size - start} bytes of data are not whole events of 8")
-    raw = io.get_aer_events_from_file(str(path), version, start)
-    address = raw["address"].astype(np.int64)
-    return _events(raw["timeStamp"], 127 - (address >> 1 & 127), address >> 8 & 127, 1 - (address & 1))
+    if len(data) % 8:
+        raise UserError(f"the file is truncated: {len(data)} bytes of data are not whole events of 8")
+    address, t = np.frombuffer(data, ">u4").reshape(-1, 2).astype(np.int64).T
+    if (others := address[address & OTHER_CAMERAS != 0]).size:
+        raise UserError(f"addresses are not those of a DVS128, the camera that is read: one is {others[0]:#x}")
+    return _events(t, 127 - (address >> 1 & 127), address >> 8 & 127, 1 - (address & 1))
 
 
 def _aedat3(data):
@@ -90,6 +96,8 @@ def _aedat3(data):
         if at + 28 > len(data):
             raise UserError("the file is truncated: it ends inside a packet header")
         kind, _, size, _, overflow, capacity, number, _ = struct.unpack_from("<HHIIIIII", data, at)
+        if kind & COMPRESSED:
+            raise UserError("a packet is compressed: save the recording uncompressed")
         start, at = at + 28, at + 28 + size * capacity
         if at > len(data):  # before anything is allocated: a damaged header may claim any size
             raise UserError(
@@ -128,8 +136,10 @@ def _npy(path):
     columns = np.load(path, mmap_mode="r", allow_pickle=False)
     if columns.ndim != 2 or columns.shape[1] != 4:
         raise UserError(f"the file holds an array {list(columns.shape)}, not [N, 4]")
+    if columns.dtype.kind not in "iuf":
+        raise UserError(f"the file holds {columns.dtype}, not numbers")
     x, y, p, t = columns.T
-    return _events(np.round(np.multiply(t, 1000.0)), x, y, p)
+    return _events(np.round(np.multiply(t, 1000.0, dtype=np.float64)), x, y, p)
 
 
 def _mat(path):

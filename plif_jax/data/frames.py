@@ -119,7 +119,9 @@ def integers(name, column):
         return column
     if column.dtype.kind not in "biuf":
         raise UserError(f"column {name} holds {column.dtype}: times and coordinates are whole numbers.")
-    if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.trunc(column))).all():
+    if column.dtype.kind == "f" and not np.isfinite(column).all():
+        raise UserError(f"column {name} holds NaN or infinity: times and coordinates are whole numbers.")
+    if column.dtype.kind == "f" and not (column == np.trunc(column)).all():
         raise UserError(f"column {name} holds fractions: times are whole microseconds, coordinates whole pixels.")
     if name != "p" and len(column) and not -LARGEST <= int(column.min()) <= int(column.max()) <= LARGEST:
         raise UserError(f"column {name} goes from {column.min()} to {column.max()}: {BEYOND}")

@@ -148,14 +148,19 @@ def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recordi
     files = _shown(folder) if folder and folder.is_dir() else []
     for suffix in suffixes:
         ours = [file for file in files if file.suffix.lower() == suffix and not file.is_dir()]
-        stems = {file.stem for file in ours}
-        for file in ours:
-            original = re.sub(r" ?\(\d+\)$| - Copy$| copy$", "", file.stem)
-            if original != file.stem and original in stems:
-                raise UserError(f"{file} is by its name a copy of {original}{suffix}: remove it.")
+        _refuse_copies(ours)
         if ours:
             return [Recording(str(file), label) for file in sorted(ours, key=lambda file: (_number(file), file.name))]
     return []
+
+
+def _refuse_copies(entries: list[Path]):
+    """Raise UserError if an entry of a folder is by its name a copy of another."""
+    stems = {entry.stem for entry in entries}
+    for entry in entries:
+        original = re.sub(r" ?\(\d+\)$| - Copy$| copy$", "", entry.stem)
+        if original != entry.stem and original in stems:
+            raise UserError(f"{entry} is by its name a copy of {original}{entry.suffix}: remove it.")
 
 
 def _nmnist(folder, cache_dir):
@@ -181,8 +186,12 @@ def _cifar10dvs(folder, cache_dir):
 def _dvs128_gesture(folder, cache_dir):
     """DVS128 Gesture, as published or as tonic has it, or a folder of 5-byte files with labels.txt."""
     original = _inside(folder, "DvsGesture", "DvsGesture.tar.gz", cache_dir) or folder
-    if (original / "trials_to_train.txt").is_file():
-        splits = [_trials(original, original / f"trials_to_{split}.txt") for split in ("train", "test")]
+    lists = [original / f"trials_to_{split}.txt" for split in ("train", "test")]
+    if lists[0].is_file():
+        names = [_text(trials).split() if trials.is_file() else [] for trials in lists]
+        if twice := _repeated([*names[0], *names[1]]):
+            raise UserError(f"{lists[0]} and {lists[1].name} name {twice} twice: remove one of them.")
+        splits = [_trials(original, ours) for ours in names]
         if any(splits):
             return splits
     recut = [
@@ -200,20 +209,24 @@ def _dvs128_gesture(folder, cache_dir):
     return None
 
 
-def _trials(folder, trials):
-    """The samples of the recordings that a trial list names, cut as their label files say."""
+def _trials(folder, names):
+    """The samples of the recordings of these names, cut as their label files say."""
     samples = []
-    for name in _text(trials).split() if trials.is_file() else ():
+    for name in names:
         recording, labels = folder / name, folder / f"{Path(name).stem}_labels.csv"
         if not recording.is_file():
             continue  # an incomplete set
         if not labels.is_file():
             raise UserError(f"{labels}: no such file; it tells where in {name} the gestures begin and end.")
+        lines = [line for line in _text(labels).splitlines() if line.strip()]
         try:
-            text = _text(labels).splitlines()
-            if len(text) < 2:
+            if lines and not re.search("[A-Za-z]", lines[0]):
+                raise ValueError("its first line does not name the columns")
+            if len(lines) < 2:
                 raise ValueError("it has no row")
-            rows = np.loadtxt(text, np.int64, delimiter=",", skiprows=1, ndmin=2)
+            rows = np.loadtxt(lines, np.int64, delimiter=",", skiprows=1, ndmin=2)
+            if (start := _repeated([start for _, start, _ in rows])) is not None:
+                raise ValueError(f"two gestures begin at {start}")
             for number, start, end in rows:
                 if not 0 <= start < end:
                     raise ValueError(f"nothing lies between {start} and {end}")
@@ -227,8 +240,9 @@ def _trials(folder, trials):
 
 def _recut(folder, label):
     """Tonic's re-cut: <user>_<lighting>/<label>.npy."""
-    files = sorted(folder.glob(f"*/{label}.npy")) if folder else []
-    return [Recording(str(file), label) for file in files]
+    users = _shown(folder) if folder else []
+    _refuse_copies(users)
+    return [r for user in users for r in _recordings(user, label, ".npy") if Path(r.path).stem == str(label)]
 
 
 def _listed(folder, labels):
@@ -236,6 +250,8 @@ def _listed(folder, labels):
     rows = [line.split()[:2] for line in _text(labels).splitlines() if line.strip() and line[0] != "#"]
     try:
         samples = sorted((_gesture(label), int(number)) for number, label in rows)
+        if (twice := _repeated([number for _, number in samples])) is not None:
+            raise ValueError(f"number {twice} is there twice")
     except ValueError as error:
         raise UserError(f"{labels}: cannot be read as lines of number and class ({error}).") from None
     files = [(folder / f"{number}.bs2", label) for label, number in samples]
@@ -248,6 +264,12 @@ def _gesture(number):
     if not 1 <= int(number) <= classes:
         raise ValueError(f"class {number} is not one of 1 to {classes}")
     return int(number) - 1
+
+
+def _repeated(values):
+    """The first value that was there before; None if there is none."""
+    seen = set()
+    return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 def _text(path):
