@@ -1,7 +1,9 @@
 """The quickstart: scikit-learn's digits seen by a simulated event camera, a narrow N-MNIST network. No download.
 
-make quickstart
-python experiments/train.py -config configs/digits.py
+    make quickstart
+    python experiments/train.py -config configs/digits.py
+
+A minute on two CPU cores: 97.46 % at best, 96.90 % after the last epoch (RESULTS.md).
 """
 
 from plif_jax.config import Config

@@ -1,17 +1,21 @@
-"""What MkDocs does besides: RESULTS.md, which lies beside the README, is a page of the site too."""
+"""What MkDocs does besides: the README and the pages beside it are pages of the site too."""
 
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
+PAGES = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md", "RESULTS.md": "results.md"}
+
 
 def on_files(files, config):
-    """Adds the page; its pictures lie in docs/results, where the site has them as results/."""
-    text = (Path(config.config_file_path).parent / "RESULTS.md").read_text()
-    files.append(File.generated(config, "results.md", content=text.replace("](docs/", "](")))
+    """Adds them to those of docs/."""
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, content=(Path(config.config_file_path).parent / name).read_text()))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Pages name it by its place in the repository, so that they are right when read there too."""
-    return markdown.replace("](../RESULTS.md)", "](results.md)")
+    """Links name places in the repository, so that they are right when read there too; in the site all lie in docs/."""
+    for name, place in PAGES.items():
+        markdown = markdown.replace(f"](../{name})", f"]({place})").replace(f"]({name})", f"]({place})")
+    return markdown.replace("](docs/", "](")

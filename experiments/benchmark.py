@@ -66,9 +66,13 @@ def parser():
     """The command line."""
     flags = Parser(description=__doc__)
     flags.add_argument("suite", choices=(*SUITES, "all"))
-    flags.add_argument("-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly")
+    flags.add_argument(
+        "-peer_python", default=sys.executable, help="interpreter that has torch and spikingjelly (default: this one)"
+    )
     flags.add_argument("-rounds", type=_number, default=7, help="runs of each peer (default 7)")
-    flags.add_argument("-limit", type=float, default=120, help="seconds after which a case starts no further round")
+    flags.add_argument(
+        "-limit", type=float, default=120, help="seconds after which a case starts no further round (default 120)"
+    )
     flags.add_argument(
         "-backends",
         type=_names(*BACKENDS),
@@ -78,13 +82,21 @@ def parser():
         "-modes", type=_names(*MODES), default=MODES, help="of SpikingJelly in train, infer (default both)"
     )
     flags.add_argument(
-        "-out", default="logs/benchmark", help="folder for benchmark.json and benchmark.png, which each call replaces"
+        "-out",
+        default="logs/benchmark",
+        help="folder for benchmark.json and benchmark.png, which each call replaces (default logs/benchmark)",
     )
     flags.add_argument(
         "-neurons", type=_number, help="N of neuron; default: MNIST's first layer at batch 16, on a GPU at batch 64"
     )
-    flags.add_argument("-timesteps", type=_numbers, default=[4, 8, 16, 32], help="T of neuron and memory")
-    flags.add_argument("-networks", type=_names(*NETWORKS), help="of train, infer, memory; default on a GPU: all six")
+    flags.add_argument(
+        "-timesteps", type=_numbers, default=[4, 8, 16, 32], help="T of neuron and memory (default 4,8,16,32)"
+    )
+    flags.add_argument(
+        "-networks",
+        type=_names(*NETWORKS),
+        help="of train, infer, memory (default MNIST,FashionMNIST,NMNIST, on a GPU the paper's six)",
+    )
     flags.add_argument(
         "-batch_sizes",
         type=lambda text: _numbers(text, "largest"),

@@ -31,7 +31,8 @@ class Config:
     """The settings of one run; every field is a flag, with one dash or two.
 
     The first block has the paper program's names, meanings and defaults. What that program leaves without a default
-    has the paper's value for the data set here. `val_ratio` set means accuracy-B, unset accuracy-A.
+    has the paper's value for the data set here. `val_ratio` set means accuracy-B, unset accuracy-A. Switches are off
+    unless given, as in that program; the classes in `networks` have all but `alpha_learnable` on.
 
     Raises:
       UserError: a value out of range, in one line that says what is allowed.
@@ -74,7 +75,7 @@ class Config:
     precision: str = _field("of computation", "float32", choices=("float32", "bfloat16", "float64"))
     data_on_device: str = _field("keep the data set in device memory", "auto", choices=("auto", "yes", "no"))
     steps_per_call: int | None = _field(
-        "training steps per dispatch; if absent 1 on a CPU, at most 32 otherwise", None, least=1
+        "training steps in one call to the device; if absent 1 on a CPU, at most 32 otherwise", None, least=1
     )
     coordinator: str | None = _field("address host:port of process 0, for several processes", None)
     num_processes: int | None = _field("number of processes", None, least=1)

@@ -170,7 +170,10 @@ def event_table(channels, number_layer, classes):
 
 
 class MNISTNet(SpikingNet):
-    """conv 1-128 once; then P, pool, conv 128-128, P, pool, linear 6272-2048, P, linear 2048-100, P each timestep."""
+    """conv 1-128 once; then P, pool, conv 128-128, P, pool, linear 6272-2048, P, linear 2048-100, P each timestep.
+
+    P is a layer of neurons.
+    """
 
     def __init__(self, T=DATASETS["MNIST"].T, **settings):
         super().__init__(mnist_table(), DATASETS["MNIST"].shape, DATASETS["MNIST"].classes, T=T, **settings)
@@ -181,7 +184,10 @@ class FashionMNISTNet(MNISTNet):
 
 
 class CIFAR10Net(SpikingNet):
-    """conv 3-256 once; then P, five convolutions 256-256 with P, two pools, linear 16384-2048, P, 2048-100, P."""
+    """conv 3-256 once; then P, five convolutions 256-256 with P, two pools, linear 16384-2048, P, 2048-100, P.
+
+    P is a layer of neurons.
+    """
 
     def __init__(self, T=DATASETS["CIFAR10"].T, **settings):
         super().__init__(cifar10_table(), DATASETS["CIFAR10"].shape, DATASETS["CIFAR10"].classes, T=T, **settings)
@@ -190,7 +196,10 @@ class CIFAR10Net(SpikingNet):
 class EventNet(SpikingNet):
     """number_layer x [conv, P, pool], then two linear layers with P; subclasses name the data set, hence the sensor.
 
+    P is a layer of neurons.
+
     Args:
+      T: the paper's if None; frames bring their own number, T then only fixes what an export holds.
       channels: width of every convolution; 128 in the paper.
       number_layer: number of convolutions, each halving the sensor.
       (others as in `SpikingNet`)

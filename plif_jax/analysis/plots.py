@@ -46,6 +46,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     The membrane charges to h; where that reaches the threshold the neuron fires and the line falls to v, the reset.
 
     Args:
+      ax: the axis drawn on.
       currents: x [T], or [T, 1].
       neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
 
@@ -162,6 +163,7 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     """Feature maps of a spiking convolution: a row for each channel, a column for each timestep, spikes bright.
 
     Args:
+      ax: the axis drawn on.
       spikes_THWC: of one sample.
       channels: the eight that spike most if None.
     """
