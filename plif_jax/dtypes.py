@@ -4,9 +4,9 @@ import jax.numpy as jnp
 
 
 def is_floating(dtype):
-    """Whether it is a floating-point type; what is no type is none."""
+    """Whether it is a floating-point type of 16 bits or more, which JAX calculates with; what is no type is none."""
     try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating) and jnp.finfo(dtype).bits >= 16
     except TypeError:
         return False
 

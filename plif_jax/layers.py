@@ -41,6 +41,7 @@ class BatchNorm(nnx.Module):
     Args:
       num_features: C, the size of the last axis.
       momentum: weight of the newest timestep in the running statistics.
+      eps: added to the variance, so that a channel that never changes is not divided by 0.
       axis_name: mapped axis over whose devices the batch is spread; statistics are those of the whole batch.
       dtype: of the result; statistics are computed in float32 or better.
     """
@@ -85,11 +86,11 @@ class BatchNorm(nnx.Module):
         """T exponential moving averages in one sum: (1 - m)^T r + sum over t of m (1 - m)^(T-1-t) new[t]."""
         new_TC = new.reshape(len(new), -1)
         T = len(new)
-        keep, dtype = 1 - self.momentum, running[...].dtype
-        weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=dtype)
+        keep, before = 1 - self.momentum, wide(running[...])
+        weights_T = self.momentum * keep ** jnp.arange(T - 1, -1, -1, dtype=before.dtype)
         # In full precision: GPUs and TPUs would round the statistics before they multiply.
-        moved = keep**T * running[...] + jnp.matmul(weights_T, new_TC, precision=lax.Precision.HIGHEST)
-        running[...] = moved.astype(dtype)
+        moved = keep**T * before + jnp.matmul(weights_T, new_TC, precision=lax.Precision.HIGHEST)
+        running[...] = moved.astype(running[...].dtype)
 
     def set_view(self, use_running_average: bool | None = None):
         """For `nnx.view`: whether running statistics normalise, as in evaluation."""

@@ -171,7 +171,8 @@ class IF(Neuron):
 @jax.custom_vjp
 def _sigmoid(w):
     """sigmoid(w), rounded where PyTorch rounds: w is float32 even under float64, so the last bit of k counts."""
-    return 1 / (1 + jnp.exp(-w.astype(float)).astype(w.dtype))
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    return (1 / (1 + jnp.exp(-w.astype(float)).astype(wide))).astype(w.dtype)
 
 
 def _sigmoid_forward(w):
@@ -180,7 +181,8 @@ def _sigmoid_forward(w):
 
 
 def _sigmoid_backward(k, g):
-    product = g * (1 - k) * k
+    wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    product = (g * (1 - wide) * wide).astype(k.dtype)
     # The select changes nothing; it keeps the CPU from fusing this product with the sum over timesteps, which would
     # round once where PyTorch rounds twice.
     return (jnp.where(jnp.isnan(product), jnp.nan, product),)
@@ -218,8 +220,9 @@ class PLIF(Neuron):
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) k,   k = sigmoid(w) = 1 / tau
 
-    w is one scalar parameter for the whole layer, so tau never falls below 1 whatever the optimiser does (from w = 17
-    on, it is 1 in float32). w starts as a float32 number, so under float64 tau starts at init_tau to 7 digits.
+    w is one scalar parameter for the whole layer, so tau never falls below 1 whatever the optimiser does (it is 1 in
+    float32 from w = 17 on, in bfloat16 from 6.25). w starts as a float32 number, so under float64 tau starts at
+    init_tau to 7 digits.
 
     Args:
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).

@@ -26,7 +26,8 @@ MAX_STACK = 8
 
 
 def _scan(step, carry, xs, T, forward_only=False, **kwargs):
-    if T > (MAX_UNROLL_FORWARD if forward_only else MAX_UNROLL):
+    most = MAX_UNROLL_FORWARD if forward_only else MAX_UNROLL
+    if most < T:
         return lax.scan(step, carry, xs, T, **kwargs)
     if T <= MAX_STACK:
         return lax.scan(step, carry, xs, T, unroll=max(T, 1), **kwargs)

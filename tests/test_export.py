@@ -64,6 +64,16 @@ def test_the_file_gives_the_networks_rates_for_any_batch(tmp_path, static):
     assert not net.fc[1].deterministic  # exported as in evaluation, left in training
 
 
+def test_in_bfloat16_batch_norm_stays_as_it_is():
+    """Folded, its weights would be rounded again, and other neurons fire."""
+    net, x = trained(True), some_input(True, 64)
+    for layer in (*net.static_conv, *net.fc):
+        if isinstance(layer, nnx.Conv | nnx.Linear | BatchNorm):
+            layer.dtype = jnp.bfloat16
+    net.dtype = jnp.bfloat16
+    assert_rates_are_those_of(net, x, export.to_exported(net).call(x))
+
+
 def test_a_fixed_batch_is_refused_another():
     exported = export.to_exported(trained(True), batch_size=2)
     assert exported.call(some_input(True, 2)).shape == (2, CLASSES)

@@ -162,8 +162,12 @@ def test_batch_norm_of_other_channels_is_refused(C, evaluates):
 def test_running_statistics_keep_their_type():
     graphdef, state = nnx.split(batch_norm(3))
     norm = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
-    norm(jnp.asarray(randn(0, 4, 2, 3), jnp.float32))
+    norm(jnp.asarray(randn(0, 64, 2, 3), jnp.float32))
     assert norm.mean[...].dtype == norm.var[...].dtype == jnp.bfloat16
+    wide = nnx.merge(graphdef, state)
+    wide(jnp.asarray(randn(0, 64, 2, 3), jnp.float32))
+    for short, exact in ((norm.mean, wide.mean), (norm.var, wide.var)):
+        np.testing.assert_array_equal(short[...], exact[...].astype(jnp.bfloat16))  # rounded once
 
 
 # Linear and Conv

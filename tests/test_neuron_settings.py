@@ -1,5 +1,6 @@
 """What neurons are made of: time constants, potentials, surrogates; and those that JAX traces."""
 
+import itertools
 import math
 import re
 
@@ -101,9 +102,34 @@ def test_potentials_may_be_spread_over_neurons(shape):
 
 
 def test_what_is_learned_is_of_a_floating_point_type():
-    for make in (neurons.PLIF, surrogate.ATan):
-        with pytest.raises(UserError, match=r"param_dtype is .*int.*; what is learned is of a floating-point type"):
-            make(param_dtype=int)
+    for make, dtype in itertools.product((neurons.PLIF, surrogate.ATan), (int, jnp.float8_e4m3fn)):
+        with pytest.raises(UserError, match=r"param_dtype is .*(int|float8).*; what is learned is of a floating-point"):
+            make(param_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_w_of_few_bits_rounds_k_once(dtype):
+    w = jnp.linspace(-12, 12, 401).astype(dtype)
+    k, slope = jax.vmap(jax.value_and_grad(neurons._sigmoid))(w)
+    exact = 1 / (1 + np.exp(-np.asarray(w, float)))
+    np.testing.assert_array_equal(k, jnp.asarray(exact, jnp.float32).astype(dtype))
+    wide = np.asarray(k, np.float32)
+    np.testing.assert_array_equal(slope, jnp.asarray((1 - wide) * wide).astype(dtype))
+    assert neurons.PLIF(1.002, param_dtype=jnp.bfloat16).tau > 1
+
+
+def test_gradients_of_parameters_of_few_bits_are_summed_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    x = jax.random.normal(jax.random.key(0), (800, 64)) + 1
+
+    def bars(dtype):
+        fire = surrogate.ATan(learnable=True, param_dtype=dtype)
+        neuron = neurons.PLIF(param_dtype=dtype, v_threshold=nnx.Param(jnp.ones((), dtype)), surrogate=fire)
+        return nnx.grad(lambda neuron: neuron(x).sum())(neuron)
+
+    ours, wide = bars(jnp.bfloat16), bars(jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), b, rtol=0.02), ours, wide)
 
 
 def test_a_tau_that_is_learned_is_plifs():

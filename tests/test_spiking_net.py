@@ -96,6 +96,7 @@ def test_membranes_may_come_in_any_sequence():
         (lambda: networks.NMNISTNet(T=2, rngs=nnx.Rngs(dropout=1)), r"the streams dropout; give nnx\.Rngs\(0\), or"),
         (lambda: layers.vote(jnp.ones((2, 1, 10)), 3), "10 outputs for 3 classes; give as many for each class"),
         (lambda: flat(dtype="bf"), "dtype is 'bf'; give a floating-point type"),
+        (lambda: flat(dtype=jnp.float8_e5m2), "dtype is .*float8.*; give a floating-point type"),
         (lambda: flat(dtype=jnp.int32), "dtype is .*int32.*; give a floating-point type"),
     ],
 )

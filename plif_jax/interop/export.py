@@ -28,7 +28,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def to_exported(net, batch_size=None):
     """The network in evaluation mode, batch norm folded, as a `jax.export.Exported` from x to firing rates.
 
-    Its `call(x)` gives the rates [B, classes] that `net(x)` gives, up to the rounding of the folded weights. A network
+    Its `call(x)` gives the rates [B, classes] that `net(x)` gives, up to the rounding of the folded weights; in a type
+    shorter than float32, bfloat16 say, that would change many, so there batch norm stays as it is. A network
     with a static part takes images [B, H, W, C], the others frames [T, B, H, W, C], in float32 (float64 under
     `jax_enable_x64`); T is the network's own.
 
@@ -41,7 +42,12 @@ def to_exported(net, batch_size=None):
     """
     if batch_size is not None and not (is_whole(batch_size) and batch_size < 2**31):
         raise UserError(f"batch_size is {batch_size!r}; give a whole number from 1 to 2**31 - 1, or nothing for any")
-    graphdef, state = nnx.split(fold(net))
+    if net.dtype is None or jnp.finfo(net.dtype).bits >= 32:
+        evaluated = fold(net)
+    else:
+        evaluated = nnx.clone(net)
+        evaluated.eval()
+    graphdef, state = nnx.split(evaluated)
     B = jax.export.symbolic_shape("batch")[0] if batch_size is None else batch_size
     shape = (B, *net.shape) if net.static_conv else (net.T, B, *net.shape)
     x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
