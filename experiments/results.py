@@ -27,7 +27,7 @@ from plif_jax import cli, config, data
 from plif_jax.config import Parser, refuse_unknown
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
-from plif_jax.training import signals
+from plif_jax.training import report, signals
 from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
 
@@ -122,9 +122,9 @@ def run(name, more, logs, deadline):
 
 @contextlib.contextmanager
 def _recording():
-    """Records SIGTERM and SIGINT in the list that it gives; none of them ends this program before its run has saved."""
-    told = []
-    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in signals.SIGNALS}
+    """Records signals, a closed terminal's too, in the list that it gives; none ends this before its run has saved."""
+    told, numbers = [], (*signals.SIGNALS, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
     try:
         yield told
     finally:
@@ -140,8 +140,7 @@ def keep(name, settings):
         return print(f"{name}: no epoch is done yet")
     if result["best"] is None:
         return print(f"{name}: no epoch was tested yet")
-    if (KEPT / f"{name}.json").exists():
-        before = json.loads((KEPT / f"{name}.json").read_text())
+    if before := _kept(name):
         if result["samples"] != before["samples"]:
             return print(f"{name}: a run on {before['samples']} samples is kept, this had {result['samples']}")
         if result["epochs"] < before["epochs"]:
@@ -164,14 +163,21 @@ def keep_ablation(runs):
     results = [result for configs in runs.values() for run in configs if (result := ablation.finished(run))]
     if not results:
         return print("ablation: no run is done yet")
-    if (KEPT / "ablation.json").exists():
-        before = json.loads((KEPT / "ablation.json").read_text())
-        if len(results) < before["runs"]:
-            return print(f"ablation: a table of {before['runs']} runs is kept, this had {len(results)}")
+    if (before := _kept("ablation")) and len(results) < before["runs"]:
+        return print(f"ablation: a table of {before['runs']} runs is kept, this had {len(results)}")
     kept = {"command": _command("ablation"), "table": ablation.told(runs) + "\n", "runs": len(results)}
     kept |= {"seconds": sum(r["seconds"] for r in results)} | {key: results[0][key] for key in HARDWARE}
     _replace("ablation", kept)
     ablation.draw(runs, KEPT / "ablation.png")
+
+
+def _kept(name):
+    """A row's figures; None where none are kept."""
+    path = KEPT / f"{name}.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        raise UserError(f"{path} is damaged; take it from git, or delete it and run {name} again") from None
 
 
 def _replace(name, kept):
@@ -181,7 +187,7 @@ def _replace(name, kept):
     if note.exists() and not (figures.exists() and figures.read_text() == text):
         note.unlink()
         print(f"{name}: {note} spoke of the run before and is gone; git has it, for what still holds")
-    figures.write_text(text)
+    report.write(figures, text)
 
 
 def published():
@@ -192,7 +198,7 @@ def published():
 
 def page() -> str:
     """RESULTS.md, from what is kept."""
-    kept = {name: json.loads((KEPT / f"{name}.json").read_text()) for name in ROWS if (KEPT / f"{name}.json").exists()}
+    kept = {name: row for name in ROWS if (row := _kept(name))}
     theirs = published()
     parts = [(KEPT / "introduction.md").read_text().rstrip()]
     for name, (_, _, what) in ROWS.items():
@@ -208,7 +214,7 @@ def page() -> str:
 
 def write_page():
     """Writes RESULTS.md anew."""
-    (ROOT / "RESULTS.md").write_text(page())
+    report.write(ROOT / "RESULTS.md", page())
     print(f"wrote {ROOT / 'RESULTS.md'}")
 
 

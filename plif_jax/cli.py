@@ -25,15 +25,17 @@ def run(main):
     0; 2 after a `UserError`, the system's refusal of a file or a full memory, said in one line; 1 after a defect; 143
     or 130 interrupted; 141 where nobody reads what it prints any more.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`; the next file that is opened would take its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
+    sys.unraisablehook = _tell_unraisable
     try:
         main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        _leave(2)
+        _refuse(error)
     except Interrupted as interrupted:
         _leave(interrupted.code, farewell=True)
     except KeyboardInterrupt:
@@ -42,17 +44,20 @@ def run(main):
         if isinstance(error, BrokenPipeError) and not _is_read():
             _leave(READER_GONE)
         if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
-            print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-            _leave(2)
+            _refuse(f"{error.filename or 'a file, or standard output'}: {error.strerror}")
         of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
         if of_device or isinstance(error, MemoryError):
             whose = "a device" if of_device else "this machine"
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            full = f"{whose}'s memory is full; a smaller batch, T or width takes less ({reason})"
-            print(f"{Path(sys.argv[0]).name}: {full}", file=sys.stderr)
-            _leave(2)
+            _refuse(f"{whose}'s memory is full; a smaller batch, T or width takes less ({reason})")
         traceback.print_exc()
         _leave(1)
+
+
+def _tell_unraisable(unraisable):
+    """But not of a checkpoint's writes that end after the first that failed, of which a line is said."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _is_read():
@@ -77,12 +82,17 @@ def keep_freed_memory():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def _refuse(why):
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    _leave(2)
+
+
 def _leave(code, farewell=False):
     """Exits, without another complaint if what was printed cannot be read.
 
     One of several processes without a farewell, for which JAX would wait minutes while the others wait.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:

@@ -20,6 +20,7 @@ def ended(monkeypatch, capfd):
     """Gives a function: (exit status, standard error) of a script that raises this."""
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # of the whole process
     monkeypatch.setattr(sys, "argv", ["experiments/train.py"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def end(error):
         def main(argv):
@@ -54,7 +55,11 @@ def ended(monkeypatch, capfd):
             "(Unable to allocate 2.10 TiB)\n",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "c.py"), 2, "train.py: c.py: File name too long\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "train.py: a file: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "train.py: a file, or standard output: No space left on device\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (Interrupted(15), 143, ""),
     ],
@@ -69,10 +74,25 @@ def test_a_defect_shows_where_it_is(ended, error):
     assert status == 1 and said.startswith("Traceback") and said.endswith(f"{type(error).__name__}: {error}\n")
 
 
-def test_without_anywhere_to_print_it_ends_well(monkeypatch):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_without_anywhere_to_print_it_ends_well(monkeypatch, stream):
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(sys, "stdout", None)
-    cli.run(lambda argv: print("nothing"))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, stream, None)
+    cli.run(lambda argv: getattr(sys, stream).write("nothing"))
+
+
+@pytest.mark.parametrize("message, said", [("Event loop is closed", False), ("another", True)])
+def test_writes_that_fail_after_the_first_say_nothing(ended, capfd, message, said):
+    """TensorStore's threads find the checkpoint's event loop closed, and Python prints what nobody can catch."""
+
+    class Late:
+        def __del__(self):
+            raise RuntimeError(message)
+
+    ended(KeyboardInterrupt())
+    Late()
+    assert (message in capfd.readouterr().err) == said
 
 
 def test_a_mistake_keeps_its_status_where_nobody_reads():

@@ -53,6 +53,15 @@ def test_more_epochs_are_kept_rather_than_fewer(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "digits.json").read_text() == kept
 
 
+def test_damaged_figures_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    (tmp_path / "digits.json").write_text('{"epochs": 1')
+    with pytest.raises(
+        UserError, match=r"digits\.json is damaged; take it from git, or delete it and run digits again"
+    ):
+        results.page()
+
+
 def test_a_run_that_takes_a_rows_place_removes_what_was_said_of_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "KEPT", tmp_path)
     note = tmp_path / "digits.md"
@@ -114,9 +123,9 @@ def row(tmp_path, monkeypatch):
     return tmp_path / "experiments"
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early):
-    """Early: it comes while the row's program is being started."""
+@pytest.mark.parametrize("early, signum", [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGHUP)])
+def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early, signum):
+    """Early: it comes while the row's program is being started. SIGHUP: the terminal is closed."""
     start = results.subprocess.Popen
 
     def start_and_tell(*args, **kwargs):
@@ -124,14 +133,15 @@ def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early):
         wait_for((row / "ready").exists)
         if early:
             for _ in range(2):  # the second must not end this program before the row is told
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signum)
         else:
-            threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(0.7, os.kill, (os.getpid(), signum)).start()
         return program
 
     monkeypatch.setattr(results.subprocess, "Popen", start_and_tell)
-    with pytest.raises(signals.Interrupted):
+    with pytest.raises(signals.Interrupted) as stopped:
         results.run("a row", [], str(tmp_path), float("inf"))
+    assert stopped.value.code == 128 + signum
     assert (row / "told").exists()
 
 

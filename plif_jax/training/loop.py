@@ -70,9 +70,10 @@ def train(config, say=print) -> dict:
             return Run(config, dataset, parts, chosen, checkpoints, stop, say, bars).finish()
     except BrokenPipeError:  # nobody reads what is said any more
         raise
-    except OSError as error:  # of logs and pictures; checkpoints say more themselves
+    except OSError as error:  # of logs, pictures and what is said; checkpoints say more themselves
         raise UserError(
-            f"{error.filename2 or error.filename or config.run_dir} cannot be written: {error.strerror or error}. "
+            f"{error.filename2 or error.filename or f'{config.run_dir}, or standard output,'} cannot be written: "
+            f"{error.strerror or error}. "
             "Mend that and start again: the run continues from its last checkpoint"
         ) from None
 
