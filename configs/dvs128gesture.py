@@ -4,7 +4,7 @@
     python experiments/train_val.py -config configs/dvs128gesture.py -data_root DATA
 
 The paper reports 97.57 % (accuracy-A) and 96.53 % (accuracy-B) after 1024 epochs. Here it has not been run,
-for it takes a GPU: on an NVIDIA H200 training steps alone take 790 samples per second (docs/performance.md).
+for it takes a GPU: on an NVIDIA H200 training steps alone process 790 samples per second (docs/performance.md).
 """
 
 from plif_jax.config import Config

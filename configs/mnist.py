@@ -5,7 +5,7 @@
 
 The paper reports 99.72 % (accuracy-A) and 99.63 % (accuracy-B) after 1024 epochs. Here the first 10 took four
 hours on two CPU cores that did other work besides, and reached 99.10 %, the authors' 99.06 % (RESULTS.md). On an NVIDIA
-H200 training steps alone take 20 100 samples per second (docs/performance.md).
+H200 training steps alone process 20 100 samples per second (docs/performance.md).
 """
 
 from plif_jax.config import Config

@@ -4,7 +4,7 @@
     python experiments/train_val.py -config configs/nmnist_paper.py -T 20 -data_root DATA
 
 The paper reports 99.61 % (accuracy-A) and 99.57 % (accuracy-B, T = 20) after 1024 epochs. Here it has not been run,
-for it takes a GPU: on an NVIDIA H200 training steps alone take 11 500 samples per second (docs/performance.md).
+for it takes a GPU: on an NVIDIA H200 training steps alone process 11 500 samples per second (docs/performance.md).
 """
 
 from plif_jax.config import Config

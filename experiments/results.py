@@ -83,6 +83,7 @@ ROWS = {
 
 def run(name, more, logs, deadline):
     """Trains a row until it is finished or the time is up, then keeps what it reached."""
+    _kept(name)  # damaged figures should cost no training
     script, arguments, _ = ROWS[name]
     flags = [*arguments.split(), "-log_dir_prefix", str(Path(logs, name)), *more]
     val_ratio = {"val_ratio": 0.15} if script == "train_val.py" else {}
@@ -106,10 +107,14 @@ def run(name, more, logs, deadline):
         while code is None and not told and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = program.wait(0.5)
+        if signal.SIGHUP in told:  # nor is there anywhere to print to
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if code is None:
             program.terminate()
             code = program.wait()
-    if code not in (0, 143, -signal.SIGTERM):  # the last where it was told before it listened
+    if code not in (0, 143, -signal.SIGTERM) and signal.SIGHUP not in told:
+        # -SIGTERM where it was told before it listened. Of a terminal that is gone it could not say that it had saved.
         raise UserError(f"{name} ended with status {code}; its messages are above")
     if name == "ablation":
         keep_ablation(ablation.asked([*own, *flags]))
@@ -123,7 +128,9 @@ def run(name, more, logs, deadline):
 @contextlib.contextmanager
 def _recording():
     """Records signals, a closed terminal's too, in the list that it gives; none ends this before its run has saved."""
-    told, numbers = [], (*signals.SIGNALS, signal.SIGHUP)
+    told, numbers = [], [*signals.SIGNALS]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
     try:
         yield told
@@ -184,10 +191,11 @@ def _replace(name, kept):
     """Writes a row's figures; what a note said of others goes."""
     figures, note = KEPT / f"{name}.json", KEPT / f"{name}.md"
     text = json.dumps(kept, indent=1) + "\n"
-    if note.exists() and not (figures.exists() and figures.read_text() == text):
+    replaces = not (figures.exists() and figures.read_text() == text)
+    report.write(figures, text)
+    if replaces and note.exists():
         note.unlink()
         print(f"{name}: {note} spoke of the run before and is gone; git has it, for what still holds")
-    report.write(figures, text)
 
 
 def published():

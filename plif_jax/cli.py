@@ -23,11 +23,13 @@ def run(main):
     """Calls `main(argv)` and exits.
 
     0; 2 after a `UserError`, the system's refusal of a file or a full memory, said in one line; 1 after a defect; 143
-    or 130 interrupted; 141 where nobody reads what it prints any more.
+    or 130 interrupted, 129 where the terminal closed; 141 where nobody reads what it prints any more.
     """
-    for name in ("stdout", "stderr"):
+    for number, name in enumerate(("stdout", "stderr"), start=1):
         if getattr(sys, name) is None:  # closed, as by `2>&-`; the next file that is opened would take its number
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.set_inheritable(number, True)  # where it was the lowest number that was free
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
     keep_freed_memory()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what is said here in a line
     sys.unraisablehook = _tell_unraisable
@@ -55,7 +57,7 @@ def run(main):
 
 
 def _tell_unraisable(unraisable):
-    """But not of a checkpoint's writes that end after the first that failed, of which a line is said."""
+    """Tells what nobody can catch, but not of a checkpoint's writes after one that failed, of which a line is said."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

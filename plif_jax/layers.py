@@ -66,7 +66,7 @@ class BatchNorm(nnx.Module):
         along_C = (1,) * (x_TBC.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(along_C), self.bias[...].reshape(along_C)
         if self.use_running_average:
-            mean, var = self.mean[...].reshape(along_C), self.var[...].reshape(along_C)
+            mean, var = wide(self.mean[...]).reshape(along_C), wide(self.var[...]).reshape(along_C)
             y = (wide(x_TBC) - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
         else:
             y, mean, var = normalize(self.eps, self.axis_name, *vary_alike(x_TBC, scale, bias))

@@ -199,7 +199,7 @@ class EventNet(SpikingNet):
     P is a layer of neurons.
 
     Args:
-      T: the paper's if None; frames bring their own number, T then only fixes what an export holds.
+      T: the paper's if None. Frames bring their own number; T says what `interop.export` and `interop.nir` write.
       channels: width of every convolution; 128 in the paper.
       number_layer: number of convolutions, each halving the sensor.
       (others as in `SpikingNet`)

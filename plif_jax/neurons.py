@@ -171,8 +171,8 @@ class IF(Neuron):
 @jax.custom_vjp
 def _sigmoid(w):
     """sigmoid(w), rounded where PyTorch rounds: w is float32 even under float64, so the last bit of k counts."""
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    return (1 / (1 + jnp.exp(-w.astype(float)).astype(wide))).astype(w.dtype)
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    return (1 / (1 + jnp.exp(-w.astype(float)).astype(dtype))).astype(w.dtype)
 
 
 def _sigmoid_forward(w):
@@ -181,8 +181,8 @@ def _sigmoid_forward(w):
 
 
 def _sigmoid_backward(k, g):
-    wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
-    product = (g * (1 - wide) * wide).astype(k.dtype)
+    wide_k = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    product = (g * (1 - wide_k) * wide_k).astype(k.dtype)
     # The select changes nothing; it keeps the CPU from fusing this product with the sum over timesteps, which would
     # round once where PyTorch rounds twice.
     return (jnp.where(jnp.isnan(product), jnp.nan, product),)

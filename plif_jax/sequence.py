@@ -16,12 +16,12 @@ from jax.custom_derivatives import SymbolicZero
 from plif_jax.mapped import vary_alike
 
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
-# the steps is slower than none: each part's inputs are copied.
+# the steps, `unroll` below T, is slower than none: each part's inputs are copied.
 MAX_UNROLL = 32
 # Where no gradient needs the membranes, XLA's plan of an unrolled sequence for a CPU keeps none: each timestep runs all
 # those before it again, T^2 / 2 in all.
 MAX_UNROLL_FORWARD = 10
-# What more timesteps give, XLA writes for a CPU into an array each, and copies these into one.
+# XLA for a CPU writes what as many timesteps give into one array as they run, of more each into its own, to be copied.
 MAX_STACK = 8
 
 
@@ -31,7 +31,7 @@ def _scan(step, carry, xs, T, forward_only=False, **kwargs):
         return lax.scan(step, carry, xs, T, **kwargs)
     if T <= MAX_STACK:
         return lax.scan(step, carry, xs, T, unroll=max(T, 1), **kwargs)
-    # Unrolled as well, in groups: stacks of stacks. A prime T is one of T groups.
+    # Unrolled too, in groups: stacks of stacks. Where these are more than MAX_STACK, of a prime T say, nothing is won.
     size = next(n for n in range(MAX_STACK, 0, -1) if T % n == 0)
     groups = jax.tree.map(lambda x: x.reshape(T // size, size, *x.shape[1:]), xs)
     carry, ys = lax.scan(

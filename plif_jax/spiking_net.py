@@ -28,7 +28,7 @@ class SpikingNet(nnx.Module):
       table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders.
       shape: (H, W, C) of an image or a frame.
       classes: number of classes; the last layer has a group of outputs for each, of neurons usually.
-      T: timesteps for which a static image is shown; frames bring their own number, T then only fixes what
+      T: timesteps for which a static image is shown. Frames bring their own number; there T says what
         `interop.export` and `interop.nir` write.
       init_tau: tau of LIF neurons, initial tau of PLIF neurons, in timesteps, above 1.
       use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.

@@ -74,12 +74,14 @@ def test_a_defect_shows_where_it_is(ended, error):
     assert status == 1 and said.startswith("Traceback") and said.endswith(f"{type(error).__name__}: {error}\n")
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_without_anywhere_to_print_it_ends_well(monkeypatch, stream):
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(sys, stream, None)
-    cli.run(lambda argv: getattr(sys, stream).write("nothing"))
+@pytest.mark.parametrize("number, stream", [(1, "stdout"), (2, "stderr")])
+def test_without_anywhere_to_print_it_ends_well(number, stream):
+    """And so do the programs that it starts, which have such a stream too."""
+    write = f"import sys; sys.{stream}.write('nothing')"
+    program = f"from plif_jax import cli\ndef main(argv):\n {write}\n import subprocess\n"
+    program += f' subprocess.run([sys.executable, "-c", {write!r}], check=True)\ncli.run(main)'
+    closed = ["sh", "-c", f'exec "$0" "$@" {number}>&-', sys.executable, "-c", program]
+    assert subprocess.run(closed, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("message, said", [("Event loop is closed", False), ("another", True)])

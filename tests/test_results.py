@@ -104,7 +104,7 @@ assert os.getsid(0) == os.getpid(), "Ctrl-C in a terminal would reach it too"
 def stop(*_):
     time.sleep(1)  # it saves
     (folder / "told").touch()
-    sys.exit(143)
+    sys.exit(2 if (folder / "terminal closed").exists() else 143)
 signal.signal(signal.SIGTERM, stop)
 (folder / "ready").touch()
 time.sleep(60)
@@ -123,10 +123,22 @@ def row(tmp_path, monkeypatch):
     return tmp_path / "experiments"
 
 
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with results._recording() as told:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not told
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("early, signum", [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGHUP)])
 def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early, signum):
     """Early: it comes while the row's program is being started. SIGHUP: the terminal is closed."""
     start = results.subprocess.Popen
+    if signum == signal.SIGHUP:
+        (row / "terminal closed").touch()
 
     def start_and_tell(*args, **kwargs):
         program = start(*args, **kwargs)

@@ -43,7 +43,7 @@ def count(net, x) -> dict[str, LayerOperations]:
     Args:
       net: a `SpikingNet`.
       x: images [B, H, W, C]: what sees them is analog and computed once, whatever T is; or frames [T, B, H, W, C].
-        Values count as layers take them: in a bfloat16 network, rounded to it.
+        Values count as layers take them: in a bfloat16 network, rounded to bfloat16.
 
     Returns:
       {layer name: LayerOperations} in the order of the layers.

@@ -1,4 +1,4 @@
-"""Pictures of neurons, layers and event recordings, each drawn on the axis it is given, which it returns.
+"""Pictures of neurons, layers and event recordings, each drawn on the axes it is given, which it returns.
 
 The curves of a run are in `plif_jax.curves`; make figures with `plif_jax.curves.figure`, or give pyplot's axes.
 """
@@ -46,7 +46,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     The membrane charges to h; where that reaches the threshold the neuron fires and the line falls to v, the reset.
 
     Args:
-      ax: the axis drawn on.
+      ax: the axes drawn on.
       currents: x [T], or [T, 1].
       neurons: {label: neuron}; a row of ticks above the membranes shows the spikes of each.
 
@@ -163,7 +163,7 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     """Feature maps of a spiking convolution: a row for each channel, a column for each timestep, spikes bright.
 
     Args:
-      ax: the axis drawn on.
+      ax: the axes drawn on.
       spikes_THWC: of one sample.
       channels: the eight that spike most if None.
     """
@@ -174,7 +174,7 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
     elif np.ndim(channels) != 1 or not len(channels) or not set(channels) <= set(range(C)):
         raise UserError(f"channels are {channels}; give some of the {C} channels, counted from 0, as a list")
     maps = np.moveaxis(spikes_THWC[..., channels], -1, 0).reshape(-1, H, W)
-    picture, gap = _mosaic(maps, T, fill=np.nan)  # nan shows the axis, white
+    picture, gap = _mosaic(maps, T, fill=np.nan)  # nan shows the axes, white
     ax.imshow(picture, cmap="cividis", vmin=0, vmax=1)
     told = np.arange(0, T, -(-T // 20))
     ax.set_xticks(told * (W + gap) + W / 2, told + 1)

@@ -1,9 +1,9 @@
 """Recordings of event cameras, one file at a time, as events in order of time.
 
 Coordinates are as the paper's program sees them, x to the right and y down the frame. Where tonic's reader is right
-it is used. Its `read_dvs_128` and `read_dvs_ibm` fail with the header reader of the same release (1.7), and that with
-some comments; and it takes every packet of an AEDAT 3.1 file for polarity events and believes any packet size. Here
-NumPy reads such files.
+it is used. Its `read_dvs_128` and `read_dvs_ibm` fail with the header reader of the same release (1.7), which itself
+fails on some comments; it takes every packet of an AEDAT 3.1 file for polarity events and believes any packet size.
+Here NumPy reads such files.
 """
 
 import re

@@ -189,8 +189,8 @@ def _dvs128_gesture(folder, cache_dir):
     lists = [original / f"trials_to_{split}.txt" for split in ("train", "test")]
     if lists[0].is_file():
         names = [_text(trials).split() if trials.is_file() else [] for trials in lists]
-        if twice := _repeated([*names[0], *names[1]]):
-            raise UserError(f"{lists[0]} and {lists[1].name} name {twice} twice: remove one of them.")
+        if twice := _repeated([Path(name).name for name in (*names[0], *names[1])]):
+            raise UserError(f"{lists[0]} and {lists[1].name} name {twice} twice: name it once.")
         splits = [_trials(original, ours) for ours in names]
         if any(splits):
             return splits

@@ -26,7 +26,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_exported(net, batch_size=None):
-    """The network in evaluation mode, batch norm folded, as a `jax.export.Exported` from x to firing rates.
+    """The network in evaluation mode as a `jax.export.Exported` from x to firing rates, batch norm folded.
 
     Its `call(x)` gives the rates [B, classes] that `net(x)` gives, up to the rounding of the folded weights; in a type
     shorter than float32, bfloat16 say, that would change many, so there batch norm stays as it is. A network
