@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,20 +124,26 @@ def row(tmp_path, monkeypatch):
     return tmp_path / "experiments"
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with results._recording() as told:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not told
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.fixture
+def hang_up():
+    """Sets what SIGHUP does, which the tests may have been started to ignore, and sets it back."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield partial(signal.signal, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(hang_up):
+    hang_up(signal.SIG_IGN)
+    with results._recording() as told:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not told
 
 
 @pytest.mark.parametrize("early, signum", [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGHUP)])
-def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, early, signum):
+def test_a_signal_stops_the_row_too(row, tmp_path, monkeypatch, hang_up, early, signum):
     """Early: it comes while the row's program is being started. SIGHUP: the terminal is closed."""
     start = results.subprocess.Popen
+    hang_up(signal.SIG_DFL)
     if signum == signal.SIGHUP:
         (row / "terminal closed").touch()
 
