@@ -7,12 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from plif_jax.dtypes import wide
 from plif_jax.mapped import mean_over_devices
-
-
-def wide(x):
-    """x in float32 or better."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

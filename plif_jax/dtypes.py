@@ -1,4 +1,4 @@
-"""Which types of numbers are which, JAX's own, bfloat16 say, among them."""
+"""Types of numbers, JAX's own, bfloat16 say, among them: which are which, and no shorter than float32."""
 
 import jax.numpy as jnp
 
@@ -14,3 +14,8 @@ def is_floating(dtype):
 def is_real(dtype):
     """Whether it is a floating-point type or one of whole numbers; a complex one, text and truth values are none."""
     return is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def wide(x):
+    """x in float32 or better."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from plif_jax.batch_statistics import normalize, wide
+from plif_jax.batch_statistics import normalize
 from plif_jax.convolution import conv3x3, suits_winograd
+from plif_jax.dtypes import wide
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 
@@ -349,5 +350,4 @@ def _groups(spikes_TBN, classes):
     T, B, N = spikes_TBN.shape
     if N % classes:
         raise UserError(f"{N} outputs for {classes} classes; give as many for each class")
-    groups = spikes_TBN.reshape(T, B, classes, N // classes)
-    return groups.astype(jnp.promote_types(groups.dtype, jnp.float32))
+    return wide(spikes_TBN.reshape(T, B, classes, N // classes))

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from plif_jax import surrogate as surrogates
-from plif_jax.dtypes import is_floating, is_real
+from plif_jax.dtypes import is_floating, is_real, wide
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 from plif_jax.sequence import at_rest, kernels, run
@@ -181,8 +181,7 @@ def _sigmoid_forward(w):
 
 
 def _sigmoid_backward(k, g):
-    wide_k = k.astype(jnp.promote_types(k.dtype, jnp.float32))
-    product = (g * (1 - wide_k) * wide_k).astype(k.dtype)
+    product = (g * (1 - wide(k)) * wide(k)).astype(k.dtype)
     # The select changes nothing; it keeps the CPU from fusing this product with the sum over timesteps, which would
     # round once where PyTorch rounds twice.
     return (jnp.where(jnp.isnan(product), jnp.nan, product),)

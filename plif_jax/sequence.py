@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from plif_jax.dtypes import wide
 from plif_jax.mapped import vary_alike
 
 # Unrolled steps fuse into few passes over memory, but longer sequences take too long to compile. Unrolling a part of
@@ -132,7 +133,7 @@ def sequence_gradient(graphdef, kernels, T, params, other, v, x, v_bar, s_bar, a
 
         total = None if rows is not None else jnp.zeros_like(x[0], begin.dtype)
         # Sums never below float32: in bfloat16 they stop growing after some hundred timesteps.
-        sums = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+        sums = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
         carry = (v_bar, sums, total)
         (v_bar, sums, total), x_bar = _scan(backward_step, carry, (v_before, rows, s_bar), T, reverse=True)
         params_bar = jax.tree.map(lambda sum, p: sum.astype(p.dtype), sums, params)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from plif_jax.dtypes import wide
 from plif_jax.errors import UserError
 
 
@@ -127,7 +128,7 @@ def _record(graphdef, state, x, chosen):
 
 def _layer_record(neuron, currents, spikes, index):
     T, B = spikes.shape[:2]
-    counted = spikes.astype(jnp.promote_types(spikes.dtype, jnp.float32))
+    counted = wide(spikes)
     firing_rate = counted.reshape(T, B, -1).mean(-1)
     neuron_rate = counted.mean((0, 1))
 
