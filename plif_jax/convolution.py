@@ -5,7 +5,8 @@ one of few channels, as frames have, is a product of patches: cuDNN is slow at t
 """
 
 import math
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from plif_jax.mapped import vary_alike
 
 # Below these, Winograd's transforms cost more than the products they save.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
+
+# Of fewer channels, products of rows cost more than XLA's convolution.
+ROW_CHANNELS = 64
 
 # Patches of more channels would take more traffic than cuDNN's kernels lose.
 PATCH_CHANNELS = 3
@@ -28,8 +32,9 @@ KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0
 def conv3x3(x, kernel):
     """3x3 convolution, padding 1, stride 1, of x [N, H, W, C] with kernel [3, 3, C, O]: [N, H, W, O].
 
-    On a CPU: Winograd's F(2x2, 3x3) where there are channels enough, which is exact but for rounding, and the kernel's
-    gradient a few images at a time. On a GPU: of up to `PATCH_CHANNELS` channels, products of patches.
+    On a CPU: Winograd's F(2x2, 3x3) where there are channels enough, which is exact but for rounding; for bfloat16,
+    where the CPU has units for its products, products of rows; and the kernel's gradient a few images at a time. On a
+    GPU: of up to `PATCH_CHANNELS` channels, products of patches.
 
     Reference: Lavin and Gray, CVPR 2016, "Fast algorithms for convolutional neural networks".
     """
@@ -39,9 +44,11 @@ def conv3x3(x, kernel):
 def _convolved(x, kernel):
     if x.shape[-1] <= PATCH_CHANNELS:
         return lax.platform_dependent(x, kernel, cuda=_by_patches, default=_direct)
-    if not (_can_be_cut(x) and suits_winograd(x.shape[1:], kernel.shape[-1], x.dtype)):
-        return _direct(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
+    if _can_be_cut(x) and suits_winograd(x.shape[1:], kernel.shape[-1], x.dtype):
+        return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
+    if _can_be_cut(x) and min(kernel.shape[2:]) >= ROW_CHANNELS and _has_units_for(x.dtype):
+        return lax.platform_dependent(x, kernel, cpu=_by_rows, default=_direct)
+    return _direct(x, kernel)
 
 
 _conv3x3 = jax.custom_vjp(_convolved)
@@ -112,6 +119,23 @@ def _output_transform(m):
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
+def _by_rows(x, kernel):
+    """One product for each row of the kernel, a few images at a time."""
+    N, H, W, C = x.shape
+    rows = kernel.reshape(3, 3 * C, -1)
+
+    def convolve(x):
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = jnp.concatenate([x[:, :, j : j + W] for j in range(3)], axis=-1)
+        products = [
+            jnp.einsum("nhwp,po->nhwo", x[:, i : i + H], rows[i], preferred_element_type=jnp.float32) for i in range(3)
+        ]
+        return sum(products).astype(x.dtype)
+
+    y = lax.map(convolve, x.reshape(-1, _images(N, 1024 // (H * W)), H, W, C))
+    return y.reshape(N, H, W, -1)
+
+
 def _by_patches(x, kernel):
     patches, rows = _aligned(_around(x)), _aligned(kernel.reshape(-1, kernel.shape[-1]).T)
     return jnp.einsum("nhwp,op->nhwo", patches, rows)
@@ -164,7 +188,10 @@ def _images(N, most):
 
 
 def dot_general(x, kernel, *args, **kwargs):
-    """`lax.dot_general`; on a CPU shorter floats are multiplied in float32, for which XLA is much faster there."""
+    """`lax.dot_general` of x [..., I] with kernel [I, O], as `nnx.Linear` calls it; on a CPU as fast as XLA can.
+
+    There shorter floats are multiplied in float32, but where the CPU has units for them.
+    """
 
     def product(x, kernel):
         return lax.dot_general(x, kernel, *args, **kwargs)
@@ -174,4 +201,34 @@ def dot_general(x, kernel, *args, **kwargs):
 
     if x.dtype in (jnp.float32, jnp.float64):
         return product(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=in_float32, default=product)
+    on_cpu = _in_bfloat16 if _has_units_for(x.dtype) else in_float32
+    return lax.platform_dependent(*vary_alike(x, kernel), cpu=on_cpu, default=product)
+
+
+@jax.custom_vjp
+def _in_bfloat16(x, kernel):
+    return jnp.einsum("...i,io->...o", x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _in_bfloat16_backward(residuals, g):
+    x, kernel = residuals
+    x_bar = jnp.einsum("...o,io->...i", g, kernel, preferred_element_type=jnp.float32)
+    # XLA hands no unit a product that sums over rows: in bfloat16 it takes five times as long as in float32.
+    kernel_bar = jnp.einsum("...i,...o->io", x.astype(jnp.float32), g.astype(jnp.float32))
+    return x_bar.astype(x.dtype), kernel_bar.astype(kernel.dtype)
+
+
+_in_bfloat16.defvjp(lambda x, kernel: (_in_bfloat16(x, kernel), (x, kernel)), _in_bfloat16_backward)
+
+
+def _has_units_for(dtype):
+    """Whether this machine's CPU has units for products of a short type: Intel's AMX, for bfloat16."""
+    return dtype == jnp.bfloat16 and _has_amx()
+
+
+@cache
+def _has_amx():
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False

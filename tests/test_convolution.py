@@ -85,30 +85,46 @@ def test_short_floats_are_not_transformed(dtype):
     np.testing.assert_array_equal(convolution.conv3x3(x, kernel), direct(x, kernel))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_gradients_of_short_floats_are_short_and_right(dtype):
+# As on a CPU with units for bfloat16 and on one without; what runs is right on both.
+@pytest.mark.parametrize("dtype, channels, amx", [("bfloat16", 32, 0), ("float16", 64, 1), ("bfloat16", 64, 1)])
+def test_gradients_of_short_floats_are_short_and_right(dtype, channels, amx, monkeypatch):
     """Compiled, so that the branches of every platform are traced."""
-    *primals, g = operands(16, 8, 8, 32, 32, dtype)
-    ours = jax.jit(lambda *primals: jax.vjp(convolution.conv3x3, *primals)[1](g))(*primals)
-    longer = [array.astype(jnp.float32) for array in primals]
-    for short, long in zip(ours, jax.vjp(direct, *longer)[1](g.astype(jnp.float32)), strict=True):
+    monkeypatch.setattr(convolution, "_has_amx", lambda: amx)
+    *primals, g = operands(16, 9, 8, channels, channels + 8, dtype)
+    found = jax.jit(partial(with_gradients, convolution.conv3x3))(*primals, g)
+    longer = [array.astype(jnp.float32) for array in (*primals, g)]
+    for short, long in zip(found, with_gradients(direct, *longer), strict=True):
         assert short.dtype == dtype
         np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.01 * np.abs(long).max())
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_products_of_short_floats_are_rounded_once(dtype):
+@pytest.mark.parametrize("dtype, amx", [("bfloat16", 0), ("bfloat16", 1), ("float32", 0)])
+def test_products_of_short_floats_are_rounded_once(dtype, amx, monkeypatch):
+    monkeypatch.setattr(convolution, "_has_amx", lambda: amx)
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel, g = (
-        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, [(5, 300), (300, 7), (5, 7)], strict=True)
+        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, [(2, 5, 300), (300, 7), (2, 5, 7)], strict=True)
     )
-    dims = (((1,), (0,)), ((), ()))
+    dims = (((2,), (0,)), ((), ()))
     y, vjp = jax.vjp(jax.jit(lambda x, kernel: convolution.dot_general(x, kernel, dims)), x, kernel)
     x_bar, kernel_bar = vjp(g)
-    long = [np.asarray(array, np.float32) for array in (x, kernel, g)]
+    long = [np.asarray(array, np.float32).reshape(-1, array.shape[-1]) for array in (x, kernel, g)]
     for ours, exact in ((y, long[0] @ long[1]), (x_bar, long[2] @ long[1].T), (kernel_bar, long[0].T @ long[2])):
         assert ours.dtype == dtype
-        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-4)
+        ours = np.asarray(ours, np.float32).reshape(exact.shape)
+        np.testing.assert_allclose(ours, exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-4)
+
+
+def test_a_cpu_s_units_for_bfloat16_are_used(monkeypatch):
+    """Where it has them, products take bfloat16, and no convolution is left for XLA, which would not use them."""
+    dims = (((1,), (0,)), ((), ()))
+    for amx, N in ((False, 2), (True, 3)):  # another N, for `conv3x3` is traced once for each shape
+        monkeypatch.setattr(convolution, "_has_amx", lambda amx=amx: amx)
+        product = jax.jit(lambda x, kernel: convolution.dot_general(x, kernel, dims))
+        text = product.lower(*(jnp.zeros((n, 64), jnp.bfloat16) for n in (N, 64))).as_text()
+        assert f"(tensor<{N}x64x{'bf16' if amx else 'f32'}>, " in text
+        convolve = jax.jit(partial(with_gradients, convolution.conv3x3))
+        assert ("stablehlo.convolution" in convolve.lower(*operands(N, 8, 8, 64, 64, jnp.bfloat16)).as_text()) != amx
 
 
 def test_a_kernel_s_gradient_comes_before_its_input_s():
