@@ -18,8 +18,9 @@ from plif_jax.mapped import vary_alike
 # Below these, Winograd's transforms cost more than the products they save.
 WINOGRAD_CHANNELS, WINOGRAD_POSITIONS = 32, 64
 
-# Of fewer channels, products of rows cost more than XLA's convolution.
-ROW_CHANNELS = 64
+# Of fewer channels, products of rows cost more than XLA's convolution; of fewer positions, rows of an image alone give
+# other bits than rows of many.
+ROW_CHANNELS, ROW_POSITIONS = 64, 4
 
 # Patches of more channels would take more traffic than cuDNN's kernels lose.
 PATCH_CHANNELS = 3
@@ -46,7 +47,7 @@ def _convolved(x, kernel):
         return lax.platform_dependent(x, kernel, cuda=_by_patches, default=_direct)
     if _can_be_cut(x) and suits_winograd(x.shape[1:], kernel.shape[-1], x.dtype):
         return lax.platform_dependent(x, kernel, cpu=_winograd, default=_direct)
-    if _can_be_cut(x) and min(kernel.shape[2:]) >= ROW_CHANNELS and _has_units_for(x.dtype):
+    if _can_be_cut(x) and suits_rows(x.shape[1:], kernel.shape[-1], x.dtype):
         return lax.platform_dependent(x, kernel, cpu=_by_rows, default=_direct)
     return _direct(x, kernel)
 
@@ -84,6 +85,12 @@ def suits_winograd(shape, features, dtype):
     """Whether on a CPU maps of a shape (H, W, C) become so many features by Winograd's algorithm."""
     H, W, C = shape
     return min(C, features) >= WINOGRAD_CHANNELS and H * W >= WINOGRAD_POSITIONS and dtype in (jnp.float32, jnp.float64)
+
+
+def suits_rows(shape, features, dtype):
+    """Whether on this machine's CPU maps of a shape (H, W, C) become so many features by products of rows."""
+    H, W, C = shape
+    return min(C, features) >= ROW_CHANNELS and H * W >= ROW_POSITIONS and _has_units_for(dtype)
 
 
 def _can_be_cut(x):
@@ -132,7 +139,7 @@ def _by_rows(x, kernel):
         ]
         return sum(products).astype(x.dtype)
 
-    y = lax.map(convolve, x.reshape(-1, _images(N, 1024 // (H * W)), H, W, C))
+    y = lax.map(convolve, x.reshape(-1, _images(N, 2048 // (H * W)), H, W, C))
     return y.reshape(N, H, W, -1)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from plif_jax.batch_statistics import normalize
-from plif_jax.convolution import conv3x3, suits_winograd
+from plif_jax.convolution import conv3x3, suits_rows, suits_winograd
 from plif_jax.dtypes import wide
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
@@ -184,10 +184,11 @@ class Conv3x3(Conv):
 
     def __call__(self, x_TBHWC):
         """x [T, B, H, W, C] to [T, B, H, W, features]."""
-        *_, H, W, _ = x_TBHWC.shape
-        by_winograd = suits_winograd(x_TBHWC.shape[-3:], self.out_features, self.dtype or x_TBHWC.dtype)
-        # Winograd's products of 64 rows or more gave the same bits for any number of images, smaller ones did not.
-        together = by_winograd and -(-H // 2) * -(-W // 2) >= 64
+        H, W, _ = shape = x_TBHWC.shape[-3:]
+        maps = shape, self.out_features, self.dtype or x_TBHWC.dtype
+        # Winograd's products of 64 rows or more gave the same bits for any number of images, smaller ones did not; of
+        # bfloat16, in the CPU's units, all did.
+        together = (suits_winograd(*maps) and -(-H // 2) * -(-W // 2) >= 64) or suits_rows(*maps)
         return nnx.Conv.__call__(self, x_TBHWC) if together else super().__call__(x_TBHWC)
 
 
