@@ -179,11 +179,10 @@ def main(argv):
         try:
             fill(runs)
         finally:
-            folder.mkdir(parents=True, exist_ok=True)
             text, path = told(runs), folder / "ablation.md"
             print(f"\n{text}")
-            # Without a finished run, where the call was refused say, it replaces none that is there.
-            if any(finished(run) for configs in runs.values() for run in configs) or not path.exists():
+            # Not without a finished run, where the call was refused say: the folder may be none that can be written.
+            if any(finished(run) for configs in runs.values() for run in configs):
                 path.write_text(text + "\n")
                 draw(runs, path.with_suffix(".png"))
                 print(f"\n{path}, {path.with_suffix('.png')}")

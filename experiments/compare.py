@@ -4,7 +4,7 @@
 
 AUTHORS_LOGS is the folder `logs` of the paper's repository (TensorBoard event files), or curves exported from it as
 CSV. Prints, after 1, 5, 10, 32, 64, ... epochs, the run's accuracy, the published one and the difference, and the same
-of w of each layer, with the tau that it means; writes compare.png into the run folder.
+of w of each layer, with the tau that it means; writes compare.png into the run folder, or into -out.
 """
 
 import json
@@ -25,6 +25,7 @@ from plif_jax.curves import (
     tau_over_epochs,
     w_tags,
 )
+from plif_jax.data.storage import writing
 from plif_jax.errors import UserError
 from plif_jax.training.logs import read_metrics
 
@@ -102,6 +103,7 @@ def main(argv):
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("-reference", type=Path, required=True, help="folder with published curves")
+    parser.add_argument("-out", type=Path, help="folder for compare.png (default RUN)")
     flags = parser.parse_args(argv)
     ours = read_metrics(flags.run)
     if "test_accuracy" not in ours:
@@ -123,8 +125,11 @@ def main(argv):
         theirs = {tag: curve for tag, curve in theirs.items() if tag not in w_tags(theirs)}
     print_accuracy(ours, theirs)
     print_w(ours, theirs)
-    draw(ours, theirs, config.init_tau, config.run_name, flags.run / "compare.png")
-    print(f"\npicture {flags.run / 'compare.png'}")
+    path = (flags.out or flags.run) / "compare.png"
+    with writing(path, "Give another folder with -out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(ours, theirs, config.init_tau, config.run_name, path)
+    print(f"\npicture {path}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python experiments/evaluate.py logs/RUN -checkpoint latest -data_root DATA
 
 from plif_jax import cli
 from plif_jax.config import Parser
-from plif_jax.training.checkpoint import load_network
+from plif_jax.training.checkpoint import load_checkpoint
 from plif_jax.training.evaluation import evaluate
 
 
@@ -17,11 +17,11 @@ def main(argv):
     parser.add_argument("-data_root", help="folder with data sets, if not the one of the training")
     parser.add_argument("-cache_dir", help="folder of prepared data, if not the one of the training")
     given = parser.parse_args(argv)
-    config, net = load_network(given.run, given.checkpoint)
+    config, net, checkpoint = load_checkpoint(given.run, given.checkpoint)
     config = config.elsewhere(given.data_root, given.cache_dir)
     figures = evaluate(config, net)
 
-    print(f"{config.run_name}, {given.checkpoint} checkpoint, {figures['samples']} test samples")
+    print(f"{config.run_name}, {checkpoint}, {figures['samples']} test samples")
     print(f"accuracy  {figures['accuracy']:.2%}\n")
     names = [
         f"{label:>2} {name}" if config.facts.names else f"{name:>2}"

@@ -2,11 +2,12 @@
 
     python experiments/figures.py logs/Digits_init_tau_2.0_...
 
-Writes into RUN/figures: training.png, neuron.png, surrogate.png, input.png (and input.gif for event data),
-firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
+Writes into RUN/figures, or into -out: training.png, neuron.png, surrogate.png, input.png (and input.gif for event
+data), firing_rates.png, raster.png, spike_maps.png, confusion.png, operations.txt.
 """
 
 import math
+import tempfile
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from plif_jax.analysis import operations, plots, recording
 from plif_jax.config import Parser
 from plif_jax.curves import figure, summary
 from plif_jax.data import batches
+from plif_jax.data.storage import writing
 from plif_jax.errors import UserError
 from plif_jax.training import report
-from plif_jax.training.checkpoint import load_network
+from plif_jax.training.checkpoint import load_checkpoint
 from plif_jax.training.evaluation import evaluate
 from plif_jax.training.logs import read_metrics
 from plif_jax.training.step import frames_for
@@ -156,17 +158,21 @@ def main(argv):
     for name, pj in energies.items():
         parser.add_argument(f"-{name}_pj", type=float, default=pj, help=f"energy in pJ; {pj} for 45 nm")
     parser.add_argument("-checkpoint", choices=("best", "latest"), default="best", help="of the run")
+    parser.add_argument("-out", type=Path, help="folder for the pictures (default RUN/figures)")
     flags = parser.parse_args(argv)
     for name in energies:
         if not 0 <= (pj := getattr(flags, f"{name}_pj")) < math.inf:
             raise UserError(f"-{name}_pj {pj}: an energy is a number from 0")
-    config, net = load_network(flags.run, flags.checkpoint)
+    curves = read_metrics(flags.run)
+    config, net, checkpoint = load_checkpoint(flags.run, flags.checkpoint)
     config = config.elsewhere(flags.data_root, flags.cache_dir)
     part = batches.test_part(config, data.load(config, to_train=False))
     if not 0 <= flags.sample < len(part):
         raise UserError(f"-sample {flags.sample}: the run tests on {len(part)} samples; give 0 to {len(part) - 1}")
-    folder = flags.run / "figures"
-    folder.mkdir(exist_ok=True)
+    folder = flags.out or flags.run / "figures"
+    with writing(folder, "Give another folder with -out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # refused before anything is computed for it
     # The drawn sample first, then some spread over the test set for the means.
     spread = np.linspace(0, len(part) - 1, min(len(part), 15)).astype(int)
     index = part.index[list(dict.fromkeys([flags.sample, *spread.tolist()]))]
@@ -177,9 +183,9 @@ def main(argv):
     label, guess = (names[int(i)] for i in (part.split.y[index[0]], nnx.jit(net)(one)[0].argmax()))
     print(f"sample {flags.sample} of {len(part)}: class {label}, taken for {guess}")
 
-    summary(read_metrics(flags.run), folder / "training.png", config.run_name, config.init_tau)
+    summary(curves, folder / "training.png", config.run_name, config.init_tau)
     print(folder / "training.png")
-    sample, checkpoint = f"sample {flags.sample}: class {label}, taken for {guess}", f"{flags.checkpoint} checkpoint"
+    sample = f"sample {flags.sample}: class {label}, taken for {guess}"
     draw_neurons(net, folder, checkpoint)
     draw_input(config, x, stored, folder, sample)
     draw_layers(net, x, names, folder, sample, checkpoint)

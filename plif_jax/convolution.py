@@ -129,7 +129,7 @@ def _output_transform(m):
 def _by_rows(x, kernel):
     """One product for each row of the kernel, a few images at a time."""
     N, H, W, C = x.shape
-    rows = kernel.reshape(3, 3 * C, -1)
+    rows = kernel.reshape(3, 3 * C, kernel.shape[-1])
 
     def convolve(x):
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -140,7 +140,7 @@ def _by_rows(x, kernel):
         return sum(products).astype(x.dtype)
 
     y = lax.map(convolve, x.reshape(-1, _images(N, 2048 // (H * W)), H, W, C))
-    return y.reshape(N, H, W, -1)
+    return y.reshape(N, H, W, kernel.shape[-1])
 
 
 def _by_patches(x, kernel):

@@ -61,9 +61,8 @@ class BatchNorm(nnx.Module):
         Raises:
           UserError: x has another number of channels.
         """
-        x_TBC, C = _floating(x_TBC), self.scale[...].size
-        if x_TBC.shape[-1] != C:
-            raise UserError(f"x of shape {x_TBC.shape} has {x_TBC.shape[-1]} channels, its last axis; this takes {C}")
+        x_TBC = _floating(x_TBC)
+        _check_channels(x_TBC, self.scale[...].size)
         along_C = (1,) * (x_TBC.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(along_C), self.bias[...].reshape(along_C)
         if self.use_running_average:
@@ -102,6 +101,11 @@ class BatchNorm(nnx.Module):
 def _floating(x):
     """Whole numbers, as frames may be kept, as floating-point ones."""
     return x.astype(jnp.result_type(x, float))
+
+
+def _check_channels(x, C):
+    if x.shape[-1] != C:
+        raise UserError(f"x of shape {x.shape} has {x.shape[-1]} channels, its last axis; this takes {C}")
 
 
 class _InPieces:
@@ -183,9 +187,10 @@ class Conv3x3(Conv):
         )
 
     def __call__(self, x_TBHWC):
-        """x [T, B, H, W, C] to [T, B, H, W, features]."""
-        H, W, _ = shape = x_TBHWC.shape[-3:]
-        maps = shape, self.out_features, self.dtype or x_TBHWC.dtype
+        """x [T, B, H, W, C] to [T, B, H, W, features]. Raises a UserError where x has another number of channels."""
+        H, W, C = x_TBHWC.shape[-3:]
+        _check_channels(x_TBHWC, self.in_features)
+        maps = (H, W, C), self.out_features, self.dtype or x_TBHWC.dtype
         # Winograd's products of 64 rows or more gave the same bits for any number of images, smaller ones did not; of
         # bfloat16, in the CPU's units, all did.
         together = (suits_winograd(*maps) and -(-H // 2) * -(-W // 2) >= 64) or suits_rows(*maps)

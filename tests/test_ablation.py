@@ -124,13 +124,24 @@ def test_a_table_of_nothing_replaces_none(flags, monkeypatch, tmp_path):
         raise UserError("no data")
 
     monkeypatch.setattr(ablation.data, "load", refuse)
-    kept = tmp_path / "logs" / "ablation.md"
-    for there in (False, True):
-        assert kept.exists() == there
+    logs = tmp_path / "logs"
+    for there in ({}, {"ablation.md": "a table"}):
+        for name, text in there.items():
+            logs.mkdir()
+            (logs / name).write_text(text)
         with pytest.raises(UserError, match="no data"):
             ablation.main(["-datasets", "MNIST", *flags])
-        assert (kept.read_text() == "a table\n") == there
-        kept.write_text("a table\n")
+        assert {path.name: path.read_text() for path in logs.glob("*")} == there
+
+
+def test_a_folder_that_cannot_be_written_hides_no_refusal(flags, monkeypatch, tmp_path):
+    def refuse(run):
+        raise UserError("no data")
+
+    monkeypatch.setattr(ablation.data, "load", refuse)
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match="no data"):
+        ablation.main(["-datasets", "MNIST", *flags])
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
@@ -161,6 +172,7 @@ def test_a_second_sigterm_does_not_end_the_writing(flags, monkeypatch, tmp_path)
     def tell(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
+    finish(ablation.plan(["MNIST"], [2020], flags)["MNIST", "LIF, tau = 2"][0])
     monkeypatch.setattr(ablation.data, "load", tell)
     monkeypatch.setattr(ablation, "draw", tell)
     with pytest.raises(SystemExit):

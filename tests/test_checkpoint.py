@@ -26,9 +26,12 @@ def state_of(step):
 
 def fill(folder, steps=(5, 10, 15, 20), scores=None):
     """Saves a checkpoint at each of the steps."""
+    best = {"score": -1}
     with checkpoint.Checkpoints(folder, CONFIG) as checkpoints:
         for step, score in zip(steps, scores or [0.5] * len(steps), strict=True):
-            checkpoints.save(state_of(step), {"epoch": step // 5}, score)
+            if score >= best["score"]:
+                best = {"epoch": step // 5, "score": score}
+            checkpoints.save(state_of(step), {"epoch": step // 5, "best": best}, score)
 
 
 def restored(folder):
@@ -53,7 +56,7 @@ def test_saving_does_not_wait_and_later_steps_do_not_reach_it(tmp_path, monkeypa
     monkeypatch.setattr(ocp.CheckpointManager, "save", slow_save)
     train = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     with checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
-        progress, state = {"epoch": 1, "best": {"epoch": 1}}, train(train(state_of(3)))
+        progress, state = {"epoch": 1, "best": {"epoch": 1, "score": 0.5}}, train(train(state_of(3)))
         began = time.perf_counter()
         checkpoints.save(state, progress, 0.5)
         assert time.perf_counter() - began < 0.5
@@ -121,6 +124,34 @@ def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path):
         assert (tmp_path / "0007").is_dir()
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The settings of a run without checkpoints; of one it would have, no arrays are read."""
+    config = dataclasses.replace(CONFIG, log_dir_prefix=str(tmp_path))
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.to_json())
+    monkeypatch.setattr(checkpoint, "_read_state", lambda path, template: template)
+    return config
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_another(run, capsys):
+    fill(run.checkpoint_dir, (5, 10, 15), [0.9, 0.2, 0.7])
+
+    def loaded(kind):
+        return checkpoint.load_checkpoint(run.run_dir, kind)[2], capsys.readouterr().out
+
+    assert loaded("best") == ("best checkpoint", "") and loaded("latest") == ("latest checkpoint", "")
+    shutil.rmtree(run.checkpoint_dir / "5")
+    lost = "the checkpoint of the best epoch, 1, is gone"
+    for _ in range(2):  # every time
+        what, said = loaded("best")
+        assert what == "checkpoint of step 15, not the best epoch's"
+        assert said == f"{lost}; this is the best that is left, of step 15\n"
+    assert loaded("latest") == ("latest checkpoint", "")
+    _, (said,) = restored(run.checkpoint_dir)
+    assert said.startswith(lost)
+
+
 @pytest.mark.parametrize("seal", ["{}", "[" * 100_000, '{"state/a": 1'])
 def test_a_seal_that_says_nothing_is_damage(tmp_path, seal):
     fill(tmp_path, (5, 10))
@@ -141,7 +172,7 @@ def test_a_damaged_note_of_the_time_costs_nothing(tmp_path, note):
 
 
 def test_only_what_matters_is_said_of_old_checkpoints(tmp_path):
-    fill(tmp_path, (5, 10, 15), [0.9, 0.8, 0.1])
+    fill(tmp_path, (5, 10, 15), [0.1, 0.8, 0.9])
     (tmp_path / "5" / "record" / "metadata").unlink()  # as a program leaves it that is killed while it removes it
     assert restored(tmp_path) == (15, []) and kept(tmp_path) == [10, 15]
     (tmp_path / "10" / "record" / "metadata").write_bytes(b"{}")
@@ -150,21 +181,16 @@ def test_only_what_matters_is_said_of_old_checkpoints(tmp_path):
     assert (tmp_path / "damaged_10").is_dir()
 
 
-def test_a_network_is_loaded_past_damage_and_that_is_said(tmp_path, monkeypatch, capsys):
-    config = dataclasses.replace(CONFIG, log_dir_prefix=str(tmp_path))
-    config.run_dir.mkdir()
-    (config.run_dir / "config.json").write_text(config.to_json())
-    fill(config.checkpoint_dir, (5, 10))
-    (config.checkpoint_dir / "10" / "record" / "metadata").write_bytes(b"")
+def test_a_network_is_loaded_past_damage_and_that_is_said(run, monkeypatch, capsys):
+    fill(run.checkpoint_dir, (5, 10))
+    (run.checkpoint_dir / "10" / "record" / "metadata").write_bytes(b"")
     monkeypatch.setattr(checkpoint, "_read_state", lambda path, template: pytest.fail(path.name))
     with pytest.raises(pytest.fail.Exception, match=r"^5$"):
-        checkpoint.load_network(config.run_dir, "latest")
+        checkpoint.load_network(run.run_dir, "latest")
     assert "checkpoint of step 10 is damaged" in capsys.readouterr().out
-    monkeypatch.chdir(config.run_dir)
+    monkeypatch.chdir(run.run_dir)
     with pytest.raises(pytest.fail.Exception, match=r"^5$"):
         checkpoint.load_network(".", "latest")
-    with pytest.raises(UserError, match="no 'newest' checkpoint; give best or latest"):
-        checkpoint.load_network(".", "newest")
 
 
 @pytest.mark.parametrize("removed", ["the whole", "its arrays"])

@@ -1,5 +1,6 @@
 """Settings: the paper's command lines are understood, a mistake ends in one helpful line."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from plif_jax.catalog import DATASETS
 from plif_jax.config import Config, UserError, expanded, load, parse
+from plif_jax.data.dataset import default_cache_dir
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +58,18 @@ def test_paths_and_numpys_numbers_are_taken_as_what_they_say():
     assert Config.from_json(config.to_json()) == config
     with pytest.raises(UserError, match="seed is a whole number"):
         Config(dataset_name="MNIST", seed=np.datetime64(5, "ns"))
+
+
+def test_without_a_home_it_is_said_what_to_give(monkeypatch):
+    monkeypatch.delenv("PLIF_JAX_CACHE")
+    assert default_cache_dir() == Path("~/.cache/plif_jax").expanduser()
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(UserError, match="no home folder is known: give a folder for data with -cache_dir or PLIF_JAX"):
+        default_cache_dir()
+    monkeypatch.setenv("PLIF_JAX_CACHE", "~nobody_here/cache")
+    with pytest.raises(UserError, match="~nobody_here/cache: no such home folder is known"):
+        default_cache_dir()
 
 
 def test_a_folder_is_no_address():

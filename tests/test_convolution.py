@@ -87,7 +87,7 @@ def test_short_floats_are_not_transformed(dtype):
 
 # As on a CPU with units for bfloat16 and on one without; what runs is right on both.
 @pytest.mark.parametrize("dtype, channels, amx", [("bfloat16", 32, 0), ("float16", 64, 1), ("bfloat16", 64, 1)])
-def test_gradients_of_short_floats_are_short_and_right(dtype, channels, amx, monkeypatch):
+def test_gradients_of_short_floats_are_rounded_once(dtype, channels, amx, monkeypatch):
     """Compiled, so that the branches of every platform are traced."""
     monkeypatch.setattr(convolution, "_has_amx", lambda: amx)
     *primals, g = operands(16, 9, 8, channels, channels + 8, dtype)
@@ -95,7 +95,16 @@ def test_gradients_of_short_floats_are_short_and_right(dtype, channels, amx, mon
     longer = [array.astype(jnp.float32) for array in (*primals, g)]
     for short, long in zip(found, with_gradients(direct, *longer), strict=True):
         assert short.dtype == dtype
-        np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.01 * np.abs(long).max())
+        once = {"rtol": jnp.finfo(dtype).eps, "atol": 1e-3 * np.abs(long).max()}
+        np.testing.assert_allclose(short.astype(jnp.float32), long, **once)
+
+
+def test_no_images_are_convolved_to_none(monkeypatch):
+    monkeypatch.setattr(convolution, "_has_amx", lambda: True)
+    for channels, dtype in ((64, jnp.bfloat16), (64, jnp.float32), (2, jnp.float32)):
+        y, x_bar, kernel_bar = with_gradients(convolution.conv3x3, *operands(0, 8, 8, channels, 64, dtype))
+        assert (y.shape, x_bar.shape) == ((0, 8, 8, 64), (0, 8, 8, channels))
+        assert kernel_bar.shape == (3, 3, channels, 64) and not kernel_bar.any()
 
 
 @pytest.mark.parametrize("dtype, amx", [("bfloat16", 0), ("bfloat16", 1), ("float32", 0)])

@@ -96,6 +96,24 @@ def test_figures_are_drawn_of_a_run(whole, capsys):
         figures.main([str(config.run_dir), "-sample", "20"])
 
 
+def test_pictures_go_where_they_are_told(whole, tmp_path, capsys):
+    config, _ = whole
+    (tmp_path / "a file").touch()
+    theirs = ["-reference", str(shutil.copytree(config.run_dir, tmp_path / "theirs" / config.run_name))]
+    for main, more in ((figures.main, []), (compare.main, theirs)):
+        with pytest.raises(UserError, match=r"a file.* cannot be written: .*\. Give another folder with -out"):
+            main([str(config.run_dir), *more, "-out", str(tmp_path / "a file")])
+    compare.main([str(config.run_dir), *theirs, "-out", str(tmp_path / "new" / "folder")])
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["compare.png"]
+
+
+def test_a_run_without_curves_is_named_before_anything_is_computed(whole, tmp_path):
+    run = shutil.copytree(whole[0].run_dir, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"or its curves are gone: it has no metrics\.jsonl"):
+        figures.main([str(run)])
+
+
 def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0].run_dir, run)

@@ -158,6 +158,13 @@ def test_batch_norm_of_other_channels_is_refused(C, evaluates):
         norm(jnp.zeros((2, 3, C)))
 
 
+@pytest.mark.parametrize("C", [2, 64])
+def test_a_convolution_of_other_channels_is_refused(C):
+    convolution = layers.Conv3x3(C, 64, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=rf"\(1, 1, 8, 8, 3\) has 3 channels, its last axis; this takes {C}"):
+        convolution(jnp.zeros((1, 1, 8, 8, 3)))
+
+
 @pytest.mark.filterwarnings("error")
 def test_running_statistics_keep_their_type():
     graphdef, state = nnx.split(batch_norm(3))

@@ -48,7 +48,12 @@ def check_name(name: str, allowed: Iterable[str]):
 
 def default_cache_dir() -> Path:
     """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
-    return expanded(os.environ.get("PLIF_JAX_CACHE") or "~/.cache/plif_jax")
+    if named := os.environ.get("PLIF_JAX_CACHE"):
+        return expanded(named)
+    try:
+        return Path.home() / ".cache/plif_jax"
+    except RuntimeError:
+        raise UserError("no home folder is known: give a folder for data with -cache_dir or PLIF_JAX_CACHE.") from None
 
 
 def existing(data_root: str | Path) -> Path:

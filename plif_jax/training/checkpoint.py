@@ -246,6 +246,10 @@ class Checkpoints:
             return None
         record = _read_record(self.folder / str(step))
         self._refuse_others(record["config"])
+        if lost := _lost_best(steps(self.folder)):
+            self.say(
+                f"the checkpoint of the best epoch, {lost}, is gone: its figures stay the best, its weights are lost"
+            )
         return _read_state(self.folder / str(step), template), record["progress"]
 
     def _refuse_others(self, before):
@@ -308,6 +312,11 @@ def load_network(run: str | Path, kind: str = "best"):
 
     JAX computes in 64 bits afterwards where the run did, and in 32 where not.
     """
+    return load_checkpoint(run, kind)[:2]
+
+
+def load_checkpoint(run: str | Path, kind: str = "best"):
+    """As `load_network`, but (config, net, what the checkpoint is): the best may be gone, or none was tested."""
     if kind not in ("best", "latest"):
         raise UserError(f"there is no {kind!r} checkpoint; give best or latest")
     run = Path(run).absolute()  # "." has no name, by which its checkpoints lie beside it
@@ -324,29 +333,43 @@ def load_network(run: str | Path, kind: str = "best"):
     devices.start()
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1], abstract=True)
     try:
-        state = _read_chosen(folder, kind, template)
+        state, what = _read_chosen(folder, kind, template)
     except UserError:
         raise
     except Exception:  # Orbax's and TensorStore's, of a folder of which a part is gone
         # A running run has removed it since; by the next time it has long to go.
-        state = _read_chosen(folder, kind, template)
+        state, what = _read_chosen(folder, kind, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
     net.set_attributes(axis_name=None)
     net.eval()
-    return config, net
+    return config, net, what
 
 
 def _read_chosen(folder, kind, template):
-    """The state of a folder's best or latest sound checkpoint."""
+    """(state, what it is) of a folder's best or latest sound checkpoint."""
     sound, damaged, _ = examined(folder)
     for path, damage in damaged.items():
         print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
     if not sound:
         raise UserError(f"there is no sound checkpoint in {folder}")
     # The first is the newest: of equal scores the later counts.
-    path = sound[0]
+    path, what = sound[0], f"{kind} checkpoint"
     if kind == "best":
         path = max(sound, key=lambda path: _read_record(path)["score"])
-        if _read_record(path)["score"] < 0:
+        if lost := _lost_best(sound):
+            print(
+                f"the checkpoint of the best epoch, {lost}, is gone; this is the best that is left, of step {path.name}"
+            )
+            what = f"checkpoint of step {path.name}, not the best epoch's"
+        elif _read_record(path)["score"] < 0:
             print("no checkpoint that is left was tested, so none is the best; this is the latest")
-    return _read_state(path, template)
+            what = "latest checkpoint, none was tested"
+    return _read_state(path, template), what
+
+
+def _lost_best(paths):
+    """The best epoch that the newest of these checkpoints tells of, where none of them is its; None where one is."""
+    best = _read_record(paths[0])["progress"].get("best")
+    if best and all(_read_record(path)["score"] < best["score"] for path in paths):
+        return best["epoch"]
+    return None

@@ -31,7 +31,7 @@ def read_metrics(run) -> dict[str, list[tuple[int, float]]]:
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is not the folder of a run: it has no {FILE}") from None
+        raise UserError(f"{path.parent} is not the folder of a run, or its curves are gone: it has no {FILE}") from None
     for number, line in enumerate(lines, 1):
         try:
             point = _point(line) if line else None
