@@ -230,6 +230,12 @@ def _holds_a_neuron(layer):
     return any(isinstance(node, neurons.Neuron) for _, node in nnx.iter_graph(layer))
 
 
+def check_net(net):
+    """Raise UserError unless it is a `SpikingNet`, whose layers have names and an order."""
+    if not isinstance(net, SpikingNet):
+        raise UserError(f"a {type(net).__name__} is no SpikingNet; give one, the paper's or of a table of your layers")
+
+
 def is_whole(n):
     """Whether n is a whole number from 1."""
     return isinstance(n, int | np.integer) and n >= 1

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from plif_jax import layers, networks, neurons
+from plif_jax.analysis import operations, recording
 from plif_jax.errors import UserError
+from plif_jax.interop import export, torch
 
 X = jnp.full((2, 1, 8, 8, 2), 2.5)
 
@@ -35,6 +37,19 @@ class Dropping(nnx.Module):
 class Careless(Dropping):
     def __call__(self, x):
         return self.dropout(x)
+
+
+def test_what_looks_into_networks_takes_no_other_module():
+    lone = neurons.PLIF()
+    for look in (
+        lambda: recording.record(lone, X),
+        lambda: operations.count(lone, X),
+        lambda: torch.state_dict(lone),
+        lambda: torch.load_state_dict(lone, {}),
+        lambda: export.to_exported(lone),
+    ):
+        with pytest.raises(UserError, match="a PLIF is no SpikingNet; give one"):
+            look()
 
 
 def flat(conv=(), **settings):

@@ -21,6 +21,7 @@ from plif_jax.analysis.recording import evaluate
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm
 from plif_jax.neurons import Neuron
+from plif_jax.spiking_net import check_net
 
 # Energy of one operation in picojoules, 45 nm CMOS, 32-bit floating point: an addition 0.9, a multiplication 3.7
 # (Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014).
@@ -49,8 +50,10 @@ def count(net, x) -> dict[str, LayerOperations]:
       {layer name: LayerOperations} in the order of the layers.
 
     Raises:
-      UserError: a layer with weights is none of convolution, linear layer, batch norm and neuron; x is empty.
+      UserError: no `SpikingNet`; a layer with weights is none of convolution, linear layer, batch norm and neuron; x is
+        empty.
     """
+    check_net(net)
     for name, layer in net.named_layers().items():
         known = isinstance(layer, nnx.Conv | nnx.Linear | nnx.BatchNorm | BatchNorm | Neuron)
         if not known and any(isinstance(node, nnx.Param) for _, node in nnx.iter_graph(layer)):

@@ -16,6 +16,7 @@ from flax import nnx
 
 from plif_jax.dtypes import wide
 from plif_jax.errors import UserError
+from plif_jax.spiking_net import check_net
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +53,10 @@ def record(net, x, neurons=None, *, batch_size=None):
       Firing rates of the classes [B, classes], and {layer name: LayerRecord} in the order of the layers.
 
     Raises:
-      UserError: a layer that does not exist, an index beyond its neurons, no such choice or batch_size, or an empty x.
+      UserError: no `SpikingNet`, a layer that does not exist, an index beyond its neurons, no such choice or
+        batch_size, or an empty x.
     """
+    check_net(net)
     if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise UserError(f"batch_size is {batch_size}; give 1 or more samples at a time, or nothing for all")
     x = x if isinstance(x, jax.Array) else np.asarray(x)

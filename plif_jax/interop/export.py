@@ -20,7 +20,7 @@ from flax import nnx
 from plif_jax import sequence
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
-from plif_jax.spiking_net import is_whole
+from plif_jax.spiking_net import check_net, is_whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -38,8 +38,9 @@ def to_exported(net, batch_size=None):
       batch_size: B; None leaves it open, and the function takes any.
 
     Raises:
-      UserError: batch_size is no whole number from 1, or a batch norm cannot be folded.
+      UserError: no `SpikingNet`; batch_size is no whole number from 1, or a batch norm cannot be folded.
     """
+    check_net(net)
     if batch_size is not None and not (is_whole(batch_size) and batch_size < 2**31):
         raise UserError(f"batch_size is {batch_size!r}; give a whole number from 1 to 2**31 - 1, or nothing for any")
     if net.dtype is None or jnp.finfo(net.dtype).bits >= 32:

@@ -15,6 +15,7 @@ from plif_jax.interop.fold import fold
 from plif_jax.interop.torch import conv_to_torch, linear_to_torch, refuse_others
 from plif_jax.layers import BatchNorm, Dropout
 from plif_jax.networks import Flatten, Pool
+from plif_jax.spiking_net import check_net
 
 # SpikingJelly's and snnTorch's default step in seconds; snnTorch takes no other.
 DT = 1e-4
@@ -28,8 +29,9 @@ def to_nir(net, dt=DT):
       dt: seconds that a timestep stands for; the simulator that reads the graph must step by the same.
 
     Raises:
-      UserError: a layer that NIR cannot express; see `plif_jax.interop.nir`.
+      UserError: no `SpikingNet`; a layer that NIR cannot express, see `plif_jax.interop.nir`.
     """
+    check_net(net)
     if not dt > 0:
         raise UserError(f"dt is {dt}; a timestep takes more than 0 seconds, {DT} for most simulators")
     nodes = {"input": nir.Input({"input": np.array(channels_first(net.shape))})}

@@ -18,6 +18,7 @@ from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm
 from plif_jax.networks import Flatten
 from plif_jax.neurons import Neuron
+from plif_jax.spiking_net import check_net
 
 
 def _same(array):
@@ -67,6 +68,7 @@ def linear_from_torch(weight, flat_shape):
 
 def _entries(net):
     """Yields (name in the authors' program, variable here, array to their layout, array to ours), in their order."""
+    check_net(net)
     flat_shape = None
     for name, layer in net.named_layers().items():
         known = list(_entries_of(name, layer, flat_shape))
@@ -147,7 +149,8 @@ def state_dict(net):
     """The network's weights and running statistics as {name in the authors' program: NumPy array}.
 
     Raises:
-      UserError: a layer has other weights than a convolution, linear layer, batch norm or neuron of ours.
+      UserError: no `SpikingNet`; a layer has other weights than a convolution, linear layer, batch norm or neuron of
+        ours.
     """
     arrays = {}
     for name, variable, to_torch, _ in _entries(net):
