@@ -110,17 +110,13 @@ def test_a_call_without_a_key_moves_no_statistics(rngs):
     assert not net.conv[1].mean[...].any()
 
 
+WIDE = {"channels": 64, "dtype": jnp.bfloat16}  # where the CPU has units for bfloat16, it uses them
+
+
 @pytest.mark.parametrize("B, cuts", [(2, [1]), (1, [1, 2, 3])], ids=["two chunks", "live"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"channels": 16},
-        {"use_plif": False, "use_max_pool": False, "init_tau": 1.3},
-        {"channels": 64, "dtype": jnp.bfloat16},  # where the CPU has units for it, those
-    ],
-)
-def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(B, cuts, settings):
-    net = firing(small(T=4, **settings))
+@pytest.mark.parametrize("of", [{"channels": 16}, {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}, WIDE])
+def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(B, cuts, of):
+    net = firing(small(T=4, **of))
     net.eval()
     run = jax.jit(lambda net, state, x: net.unroll(state, x))
     x = frames(net, B=B)
