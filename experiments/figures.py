@@ -163,8 +163,8 @@ def main(argv):
     for name in energies:
         if not 0 <= (pj := getattr(flags, f"{name}_pj")) < math.inf:
             raise UserError(f"-{name}_pj {pj}: an energy is a number from 0")
-    curves = read_metrics(flags.run)
     config, net, checkpoint = load_checkpoint(flags.run, flags.checkpoint)
+    curves = read_metrics(flags.run)
     config = config.elsewhere(flags.data_root, flags.cache_dir)
     part = batches.test_part(config, data.load(config, to_train=False))
     if not 0 <= flags.sample < len(part):

@@ -191,6 +191,8 @@ def test_a_network_is_loaded_past_damage_and_that_is_said(run, monkeypatch, caps
     monkeypatch.chdir(run.run_dir)
     with pytest.raises(pytest.fail.Exception, match=r"^5$"):
         checkpoint.load_network(".", "latest")
+    with pytest.raises(UserError, match="no 'newest' checkpoint; give best or latest"):
+        checkpoint.load_network(".", "newest")
 
 
 @pytest.mark.parametrize("removed", ["the whole", "its arrays"])

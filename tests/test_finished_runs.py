@@ -107,11 +107,17 @@ def test_pictures_go_where_they_are_told(whole, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["compare.png"]
 
 
-def test_a_run_without_curves_is_named_before_anything_is_computed(whole, tmp_path):
-    run = shutil.copytree(whole[0].run_dir, tmp_path / "run")
+def test_what_is_no_run_or_lacks_its_curves_is_told_before_anything_is_drawn(whole, tmp_path):
+    config, _ = whole
+    with pytest.raises(UserError, match="its checkpoints are here, the run is"):
+        figures.main([str(config.checkpoint_dir)])
+    run = shutil.copytree(config.run_dir, tmp_path / "run")
+    shutil.copytree(config.checkpoint_dir, tmp_path / "pt_run")
     (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "figures", ignore_errors=True)
     with pytest.raises(UserError, match=r"or its curves are gone: it has no metrics\.jsonl"):
         figures.main([str(run)])
+    assert not (run / "figures").exists()
 
 
 def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
