@@ -75,8 +75,9 @@ def line(points, color, thin=False):
 
 
 def run_title(fig, run_name):
-    """Writes a run's name over a figure, in as many lines as its width asks for, broken at underscores."""
-    lines = textwrap.wrap(run_name.replace("_", "_ "), int(10 * fig.get_figwidth()), break_on_hyphens=False)
+    """Writes a run's name over a figure, in as many lines as its width asks for, each setting beside its value."""
+    settings = re.sub(r"(_(?:True|False|None|[0-9][0-9.e+-]*))_", r"\1_ ", run_name)
+    lines = textwrap.wrap(settings, int(10 * fig.get_figwidth()), break_on_hyphens=False)
     fig.suptitle("\n".join(text.replace("_ ", "_") for text in lines), fontsize="medium")
 
 
@@ -104,7 +105,7 @@ def accuracy_over_epochs(ax, metrics):
         epoch = max(metrics[decisive], key=lambda point: (point[1], point[0]))[0]
         if epoch in test:  # a damaged record of curves may lack it
             label = f"accuracy-{kind}: {100 * test[epoch]:.2f} %"
-            ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", markersize=11, label=label)
+            ax.plot(epoch + 1, 100 * test[epoch], "*", color="black", mfc="none", markersize=15, label=label)
         ax.legend(loc="best")
     ax.set_ylabel("accuracy (%)")
     epoch_axis(ax)

@@ -251,8 +251,8 @@ class Dropout(nnx.Module):
     """
 
     def __init__(self, rate):
-        if not 0 <= rate <= 1:
-            raise UserError(f"a dropout rate of {rate}; give the share of units to drop, 0 to 1")
+        if not isinstance(rate, int | float | np.number | jax.Array) or not 0 <= rate <= 1:
+            raise UserError(f"a dropout rate of {rate!r}; give the share of units to drop, 0 to 1")
         self.rate = rate
         self.deterministic = False
 
@@ -290,6 +290,8 @@ def _windows(x):
 
 def _even(x):
     """x [..., H, W, C] without an odd last row or column."""
+    if x.ndim < 3:
+        raise UserError(f"x of shape {x.shape}; pooling takes maps [..., H, W, C]")
     H, W = x.shape[-3] // 2 * 2, x.shape[-2] // 2 * 2
     return x[..., :H, :W, :]
 
@@ -353,7 +355,9 @@ def firing_rates(spikes_TBN, classes):
 
 
 def _groups(spikes_TBN, classes):
+    if spikes_TBN.ndim != 3:
+        raise UserError(f"spikes of shape {spikes_TBN.shape}; give [T, B, N]")
     T, B, N = spikes_TBN.shape
-    if N % classes:
-        raise UserError(f"{N} outputs for {classes} classes; give as many for each class")
+    if not isinstance(classes, int | np.integer) or classes < 1 or N % classes:
+        raise UserError(f"{N} outputs for {classes!r} classes; give as many for each class")
     return wide(spikes_TBN.reshape(T, B, classes, N // classes))

@@ -169,7 +169,9 @@ def test_one_epoch_is_drawn_as_a_point(tmp_path, monkeypatch):
     curves.run_title(fig, name)
     over = fig._suptitle.get_window_extent()
     assert over.x0 > 0 and over.x1 < fig.bbox.width
-    assert fig._suptitle.get_text().replace("\n", "") == name
+    title = fig._suptitle.get_text()
+    assert title.replace("\n", "") == name
+    assert [line.split("_")[0] for line in title.split("\n")] == ["val", "use", "split"]  # no value begins one
 
 
 def test_compare_explains_what_is_missing(run, published, tmp_path):

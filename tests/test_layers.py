@@ -253,9 +253,9 @@ def test_at_dropout_rate_one_nothing_and_no_gradient_is_left():
     assert y == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan"), "half"])
 def test_a_dropout_rate_is_a_share(rate):
-    with pytest.raises(UserError, match=f"a dropout rate of {rate}; give the share"):
+    with pytest.raises(UserError, match=f"a dropout rate of {rate!r}; give the share"):
         layers.Dropout(rate)
 
 
