@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from plif_jax import cli, data
+from plif_jax import cli, data, files
 from plif_jax.analysis import reference
 from plif_jax.catalog import DATASETS
 from plif_jax.config import Config, Parser, expanded, parse
@@ -152,7 +152,7 @@ def draw(runs, path):
         for ax, name in zip(row[1:], learned, strict=True):
             tau_over_epochs(ax, mean_metrics(runs[dataset, name]), SETTINGS[name]["init_tau"])
             ax.set_title(f"{dataset}: {name}; of the mean w over seeds", fontsize="medium")
-    fig.savefig(path, dpi=120)
+    files.write_figure(fig, path)
 
 
 def asked(argv):
@@ -183,7 +183,7 @@ def main(argv):
             print(f"\n{text}")
             # Not without a finished run, where the call was refused say: the folder may be none that can be written.
             if any(finished(run) for configs in runs.values() for run in configs):
-                path.write_text(text + "\n")
+                files.write(path, text + "\n")
                 draw(runs, path.with_suffix(".png"))
                 print(f"\n{path}, {path.with_suffix('.png')}")
 

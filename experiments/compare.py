@@ -27,6 +27,7 @@ from plif_jax.curves import (
 )
 from plif_jax.data.storage import writing
 from plif_jax.errors import UserError
+from plif_jax.files import write_figure
 from plif_jax.training.logs import read_metrics
 
 
@@ -96,7 +97,7 @@ def draw(ours, theirs, init_tau, name, path):
             ax.plot([0, *(e + 1 for e in epochs)], curve, "--", **line(curve, color, thin=True))
         ax.set_title("thin, dashed: theirs", fontsize="medium")
     run_title(fig, name)
-    fig.savefig(path, dpi=120)
+    write_figure(fig, path)
 
 
 def main(argv):

@@ -7,10 +7,10 @@ The ending of the file decides. `plif_jax.interop.nir` and `plif_jax.interop.exp
 load it.
 """
 
-import os
+import io
 from pathlib import Path
 
-from plif_jax import cli
+from plif_jax import cli, files
 from plif_jax.config import Parser
 from plif_jax.errors import UserError
 from plif_jax.training.checkpoint import load_network
@@ -31,10 +31,8 @@ def main(argv):
     write = write_nir if given.out.suffix == ".nir" else write_function
     try:
         written = write(net, given)
-    except OSError as error:  # HDF5's own words are many
-        raise UserError(
-            f"{given.out} cannot be written: {os.strerror(error.errno) if error.errno else error}"
-        ) from None
+    except OSError as error:
+        raise UserError(f"{given.out} cannot be written: {error.strerror}") from None
     print(f"{given.out}: {written}, {given.out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -45,7 +43,9 @@ def write_nir(net, given):
     import nir  # isort: skip
 
     graph = to_nir(net)
-    nir.write(given.out, graph)
+    content = io.BytesIO()
+    nir.write(content, graph)
+    files.write(given.out, content.getvalue())
     return f"{len(graph.nodes)} NIR nodes, a timestep of {graph.metadata['dt']:g} s, T = {net.T}"
 
 

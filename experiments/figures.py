@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from plif_jax import cli, data, neurons, surrogate
+from plif_jax import cli, data, files, neurons, surrogate
 from plif_jax.analysis import operations, plots, recording
 from plif_jax.config import Parser
 from plif_jax.curves import figure, summary
@@ -33,7 +33,7 @@ RASTER_NEURONS = 60  # of each layer; more cannot be told apart
 
 
 def save(fig, path):
-    fig.savefig(path, dpi=120)
+    files.write_figure(fig, path)
     print(path)
 
 
@@ -194,7 +194,7 @@ def main(argv):
     caption(fig, checkpoint)
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)
-    (folder / "operations.txt").write_text(text + "\n")
+    files.write(folder / "operations.txt", text + "\n")
     print(f"{folder / 'operations.txt'}\n\n{text}")
 
 

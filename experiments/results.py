@@ -23,11 +23,11 @@ import time
 from pathlib import Path
 
 import ablation
-from plif_jax import cli, config, data
+from plif_jax import cli, config, data, files
 from plif_jax.config import Parser, refuse_unknown
 from plif_jax.curves import summary
 from plif_jax.errors import UserError
-from plif_jax.training import report, signals
+from plif_jax.training import signals
 from plif_jax.training.checkpoint import MAY_CHANGE
 from plif_jax.training.logs import read_metrics
 
@@ -192,7 +192,7 @@ def _replace(name, kept):
     figures, note = KEPT / f"{name}.json", KEPT / f"{name}.md"
     text = json.dumps(kept, indent=1) + "\n"
     replaces = not (figures.exists() and figures.read_text() == text)
-    report.write(figures, text)
+    files.write(figures, text)
     if replaces and note.exists():
         note.unlink()
         print(f"{name}: {note} spoke of the run before and is gone; git has it, for what still holds")
@@ -222,7 +222,7 @@ def page() -> str:
 
 def write_page():
     """Writes RESULTS.md anew."""
-    report.write(ROOT / "RESULTS.md", page())
+    files.write(ROOT / "RESULTS.md", page())
     print(f"wrote {ROOT / 'RESULTS.md'}")
 
 

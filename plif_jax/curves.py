@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from plif_jax.errors import UserError
+from plif_jax.files import write_figure
 
 # Okabe and Ito's palette, distinct for every kind of colour vision; its yellow is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -152,4 +153,4 @@ def summary(metrics, path, title="", init_tau=None):
     if learned:
         tau_over_epochs(axes[0, 1], metrics, init_tau)
     run_title(fig, title)
-    fig.savefig(path, dpi=120)
+    write_figure(fig, path)

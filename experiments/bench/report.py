@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from plif_jax import files
 from plif_jax.curves import COLORS, figure
 
 
@@ -51,11 +52,10 @@ def write(folder, machine, rows, peers):
     """Writes benchmark.json and, where something was measured, benchmark.png into a folder; returns their names."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(
-        json.dumps({"machine": machine, "peers": peers, "rows": rows}, indent=1, sort_keys=True) + "\n"
-    )
+    text = json.dumps({"machine": machine, "peers": peers, "rows": rows}, indent=1, sort_keys=True)
+    files.write(folder / "benchmark.json", text + "\n")
     if measured := [row for row in rows if "ratio" in row]:
-        chart(measured, machine, peers).savefig(folder / "benchmark.png", dpi=150)
+        files.write_figure(chart(measured, machine, peers), folder / "benchmark.png", dpi=150)
     return "benchmark.json and benchmark.png" if measured else "benchmark.json"
 
 

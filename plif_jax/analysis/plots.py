@@ -3,6 +3,7 @@
 The curves of a run are in `plif_jax.curves`; make figures with `plif_jax.curves.figure`, or give pyplot's axes.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flax import nnx
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from plif_jax import files
 from plif_jax.analysis.recording import LayerRecord, charge_fire_reset
 from plif_jax.curves import COLORS, event_colors, full_strength, shades
 from plif_jax.errors import UserError
@@ -69,6 +71,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
         which = "threshold" if len(thresholds) == 1 else f"threshold {threshold:g}"
         ax.text(len(x) + 0.3, threshold, which, color="gray", ha="right", va="bottom", fontsize="small", bbox=BEHIND)
     answers = {label: charge_fire_reset(neuron, jnp.asarray(x, float)) for label, neuron in neurons.items()}
+    answers = {label: (v if h is None else h, v, s) for label, (h, v, s) in answers.items()}
     top = max(*thresholds, *(float(h.max()) for h, _, _ in answers.values()))
     for row, ((label, (h, v, s)), color) in enumerate(zip(answers.items(), shades(len(answers)), strict=True)):
         membrane = np.stack([h, v], 1).ravel()
@@ -208,7 +211,9 @@ def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100, height: int
     pictures = (255 * event_colors(_array("frames", frames_THW2, "T, H, W, 2"))).astype(np.uint8)
     scale = max(1, height // pictures.shape[1])
     first, *rest = [Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)) for picture in pictures]
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    animation = io.BytesIO()
+    first.save(animation, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    files.write(path, animation.getvalue())
 
 
 def confusion_matrix(ax, counts, names: Sequence[str] | None = None):

@@ -11,6 +11,7 @@ from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, event_readers, events, image_files, images, recordings, storage
 from plif_jax.data.dataset import check_name, default_cache_dir
 from plif_jax.errors import UserError
+from plif_jax.files import write_figure
 
 SAMPLES = 10  # shown, spread over the classes
 SHOWN_FRAMES = 8  # of each event recording
@@ -122,4 +123,4 @@ def _draw(rows, labels, title, path):
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
     fig.suptitle(title)
     fig.draw_without_rendering()  # with axes of a fixed shape the layout needs a second time to leave room for labels
-    fig.savefig(path, dpi=max(100, 12 * rows[0].shape[1] // 100))
+    write_figure(fig, path, dpi=max(100, 12 * rows[0].shape[1] // 100))

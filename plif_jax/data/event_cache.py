@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import plif_jax
+from plif_jax import files
 from plif_jax.data import event_readers, frames, storage
 from plif_jax.errors import UserError
 
@@ -154,8 +155,8 @@ def _make(folder, parts, jobs, orders, record, name):
         storage.join(folder / f"{split}.npy", [job["path"] for job in ours], orders[split])
         sizes[f"{split}.npy"] = (folder / f"{split}.npy").stat().st_size
     versions = {"plif_jax": plif_jax.__version__, "numpy": np.__version__}
-    with storage.replacing(folder / "record.json") as file:
-        file.write(json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2).encode())
+    with storage.writing(folder / "record.json"):
+        files.write(folder / "record.json", json.dumps({**record, "bytes": sizes, "versions": versions}, indent=2))
     for job in every:  # and no others: they are of a preparation that was interrupted
         Path(job["path"]).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # that, or a killed program's worker is still at one

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from plif_jax.errors import UserError
+from plif_jax.files import replacing
 
 
 @contextlib.contextmanager
@@ -72,22 +73,6 @@ def made(folder, make):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Give a binary file to write whose content takes the place of `path` at the end, all of it or nothing."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        try:
-            with open(partial, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def reading(path):
     """Turn the system's refusal to read at `path`, or what it names more closely, into a UserError."""
     try:
@@ -125,7 +110,7 @@ def _rows_of(path, dtype, shape):
     """Give a function that writes what begins at a row of the array file `path`: in the end all of it or nothing."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     row_bytes = dtype.itemsize * math.prod(shape[1:])
-    with replacing(path) as file:
+    with writing(path), replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
 

@@ -11,13 +11,11 @@ The file holds the weights and StableHLO, lowered for CPU, CUDA and TPU alike, w
 months of releases.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plif_jax import sequence
+from plif_jax import files, sequence
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
 from plif_jax.spiking_net import check_net, is_whole
@@ -38,7 +36,7 @@ def to_exported(net, batch_size=None):
       batch_size: B; None leaves it open, and the function takes any.
 
     Raises:
-      UserError: no `SpikingNet`; batch_size is no whole number from 1, or a batch norm cannot be folded.
+      UserError: no `SpikingNet`; batch_size is no whole number from 1.
     """
     check_net(net)
     if batch_size is not None and not (is_whole(batch_size) and batch_size < 2**31):
@@ -66,7 +64,8 @@ def save(net, path, batch_size=None):
     """
     exported = to_exported(net, batch_size)
     try:
-        Path(path).write_bytes(exported.serialize())
+        content = exported.serialize()
     except ImportError:
         raise UserError('writing a function needs the package flatbuffers: pip install -e ".[export]"') from None
+    files.write(path, content)
     return exported

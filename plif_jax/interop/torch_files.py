@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from plif_jax import files
 from plif_jax.errors import UserError
 from plif_jax.interop.inert_pickle import LONGEST_TEXT, Object, Tensor, is_text, load
 
@@ -98,8 +99,9 @@ def write(path, arrays):
     else:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; weights are written as .npz or .pt")
     try:
-        with path.open("wb") as file:
-            save(file)
+        content = io.BytesIO()
+        save(content)
+        files.write(path, content.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

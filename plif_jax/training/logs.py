@@ -15,6 +15,7 @@ from pathlib import Path
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from plif_jax import files
 from plif_jax.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -67,10 +68,8 @@ class Logs:
         elif len(kept) < self.points:
             checkpoints = run_dir.with_name(f"pt_{run_dir.name}")
             say(f"{self.path} is gone, and with it {self.points} points; to begin anew remove {checkpoints} too")
-        temporary = self.path.with_suffix(".tmp")
         # An empty line for each that is lost: checkpoints count lines.
-        temporary.write_bytes(b"".join(map(_line, kept)) + b"\n" * (self.points - len(kept)))
-        os.replace(temporary, self.path)
+        files.write(self.path, b"".join(map(_line, kept)) + b"\n" * (self.points - len(kept)))
         for outdated in run_dir.glob(f"events.out.tfevents.*{OURS}"):
             outdated.unlink()
         self._events = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}{OURS}"

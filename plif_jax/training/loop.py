@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from plif_jax import data
+from plif_jax import data, files
 from plif_jax.config import expanded
 from plif_jax.data import batches
 from plif_jax.errors import UserError
@@ -117,7 +117,7 @@ class Run:
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"], say)
-            report.write(config.run_dir / "config.json", config.to_json())
+            files.write(config.run_dir / "config.json", config.to_json())
         self.saved = time.monotonic()
         self.started = self.saved - self.progress["seconds"]
 

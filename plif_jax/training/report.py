@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from flax import nnx
 
-from plif_jax import __version__
+from plif_jax import __version__, files
 from plif_jax.curves import summary, tau_of
 from plif_jax.dtypes import is_real
 from plif_jax.neurons import PLIF
@@ -96,16 +96,9 @@ def _versions():
     return found
 
 
-def write(path, text):
-    """Writes a text file of the run folder, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_result(config, result):
     """Writes `result.json` into the run folder."""
-    write(config.run_dir / "result.json", json.dumps(result, indent=1))
+    files.write(config.run_dir / "result.json", json.dumps(result, indent=1))
 
 
 def conclude(config, result, say):

@@ -1,0 +1,42 @@
+"""Files written whole or not at all: a program that is killed, or a full disk, leaves what was there before."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a binary file to write whose content takes the place of `path` at the end, all of it or nothing.
+
+    Raises:
+      OSError: the system's refusal, which names `path`.
+    """
+    path = Path(os.path.realpath(path))  # of a link the file that it leads to
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write(path, content: bytes | str):
+    """Writes a file; raises what `replacing` does."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_figure(fig, path, dpi=120):
+    """Writes a picture, in the form that the ending of its name says; raises what `replacing` does."""
+    picture = io.BytesIO()  # matplotlib and Pillow have other words for a full disk
+    fig.savefig(picture, dpi=dpi, format=Path(path).suffix[1:] or None)
+    write(path, picture.getvalue())
