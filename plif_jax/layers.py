@@ -197,6 +197,14 @@ class Conv3x3(Conv):
         return nnx.Conv.__call__(self, x_TBHWC) if together else super().__call__(x_TBHWC)
 
 
+CONVOLUTIONS, LINEARS = (nnx.Conv, Conv, Conv3x3), (nnx.Linear, Linear)
+
+
+def computes_as(layer, *kinds):
+    """Whether a layer is of one of these kinds without a call of its own, which might do anything."""
+    return isinstance(layer, kinds) and type(layer).__call__ in [kind.__call__ for kind in kinds]
+
+
 def _as_tuples(setting):
     """A setting with tuples for its lists."""
     return tuple(map(_as_tuples, setting)) if isinstance(setting, list | tuple) else setting

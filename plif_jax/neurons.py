@@ -129,6 +129,11 @@ class Neuron(nnx.Module):
         elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
             v = rest
         graphdef, params, other = nnx.split(self, _floats, ...)
+        try:
+            hash(graphdef)
+        except TypeError as error:  # it is compiled for its settings
+            kind = type(self).__name__
+            raise UserError(f"{kind} holds a setting of {error}; give a tuple, an nnx.List or an nnx.Dict") from None
         return graphdef, kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x)
 
     def unroll_by_autodiff(self, v, x):
@@ -146,9 +151,16 @@ def _currents(x):
     x = jnp.asarray(x)
     if x.ndim == 0:
         raise UserError("currents are one number; give [T, ...], the first axis the timesteps")
+    check_timesteps(x)
     if jnp.iscomplexobj(x):
         raise UserError(f"currents are of type {x.dtype}; give real numbers")
     return x if is_floating(x.dtype) else x.astype(float)
+
+
+def check_timesteps(x):
+    """Raises a UserError where the number of timesteps of x [T, ...] is left open, as `jax.export` may leave it."""
+    if not isinstance(x.shape[0], int):
+        raise UserError(f"T is {x.shape[0]}; the number of timesteps is known before compilation, only others are open")
 
 
 def _spreads(shape, over):

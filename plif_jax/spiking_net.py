@@ -103,8 +103,12 @@ class SpikingNet(nnx.Module):
     def unroll(self, state, x, *, rngs=None, observe=None):
         """Runs the network on x from `state`, layer by layer, each over all timesteps.
 
+        A sequence in chunks, the state carried over, gives what one call gives, but for a layer of one's own that
+        looks at several timesteps at once, attention over time say: it would see those of its chunk.
+
         Args:
-          state: tuple of membranes as an earlier call returned it; None: at rest.
+          state: tuple of membranes as an earlier call returned it; None: at rest. `unroll(None, x[:0])` returns the one
+            at rest, for the carry of a `lax.scan` say.
           x: images [B, H, W, C], shown for T timesteps, or frames [T, B, H, W, C].
           rngs: for dropout in training mode: a key, keys [B], nnx.Rngs or one of its streams.
           observe: called as observe(name, layer, input, output) after each layer, for those who look inside.
@@ -114,12 +118,14 @@ class SpikingNet(nnx.Module):
 
         Raises:
           UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key;
-            a layer of one's own holds neurons, whose membranes are in no state.
+            a layer of one's own holds neurons, whose membranes are in no state, or is a recurrent one of Flax's.
         """
         for name, layer in self.named_layers().items():
-            if not isinstance(layer, neurons.Neuron) and _holds_a_neuron(layer):
-                kind = type(layer).__name__
+            kind = type(layer).__name__
+            if not isinstance(layer, neurons.Neuron) and _holds(layer, neurons.Neuron):
                 raise UserError(f"{name} is a {kind} whose neurons no state carries; call net(x), or list its layers")
+            if _holds(layer, nnx.RNN | nnx.RNNCellBase):
+                raise UserError(f"{name} is a {kind} that would begin anew at every call; call net(x)")
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)
 
@@ -166,6 +172,8 @@ class SpikingNet(nnx.Module):
             H, W, C = self.shape
             image = f"images [B, {H}, {W}, {C}] or " if self.static_conv else ""
             raise UserError(f"input of shape {x.shape}; this network takes {image}frames [T, B, {H}, {W}, {C}]")
+        if not still:
+            neurons.check_timesteps(x)
         if jnp.iscomplexobj(x):
             raise UserError(f"input of type {x.dtype}; give real numbers")
         if any(jax.typeof(x).sharding.spec):  # explicit axes: automatic ones are not part of a type, and need nothing
@@ -182,7 +190,7 @@ class SpikingNet(nnx.Module):
           UserError: x is of another shape or has no timestep; dropout in training mode has no key.
         """
         x = jnp.asarray(x)
-        if x.ndim == 5 and len(x) == 0:
+        if x.ndim == 5 and x.shape[0] == 0:
             raise UserError(f"x of shape {x.shape} has no timestep, in which nothing can fire; give at least one")
         return firing_rates(self._run(None, x, rngs, observe)[1], self.classes)
 
@@ -225,9 +233,9 @@ def _drops(name, layer):
     return True
 
 
-def _holds_a_neuron(layer):
-    """Whether one is somewhere within a layer."""
-    return any(isinstance(node, neurons.Neuron) for _, node in nnx.iter_graph(layer))
+def _holds(layer, kind):
+    """Whether a layer is one, or has one somewhere within."""
+    return any(isinstance(node, kind) for _, node in nnx.iter_graph(layer))
 
 
 def check_net(net):

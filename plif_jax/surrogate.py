@@ -35,8 +35,11 @@ def _backward(graphdef, residuals, g):
 
     def alpha_bar(alpha):
         of_each = g * surrogate.alpha_derivative(x)
-        # One alpha for all; in a GPU's kernel one for each x.
-        return (of_each if np.ndim(alpha) else of_each.sum()).astype(jnp.result_type(alpha))
+        # One alpha for all, or for each channel; in a GPU's kernel one for each x.
+        kept = np.ndim(x) - np.ndim(alpha)
+        sizes = (1,) * kept + np.shape(alpha)
+        axes = tuple(i for i, (n, m) in enumerate(zip(sizes, x.shape, strict=True)) if i < kept or n != m)
+        return (of_each.sum(axes).reshape(np.shape(alpha)) if axes else of_each).astype(jnp.result_type(alpha))
 
     if not params.keys() - {"alpha"}:
         return jax.tree.map(alpha_bar, params), x_bar
@@ -105,7 +108,10 @@ class Surrogate(nnx.Module):
 
     def primitive(self, x):
         """The smooth function g whose derivative stands in for the spike's."""
-        raise NotImplementedError(f"{type(self).__name__} has no primitive")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no primitive, of which the arrays that it holds get their gradients; "
+            "state it, or hold plain numbers"
+        )
 
     def derivative(self, x):
         """g'(x), written by hand so that it can be checked against the derivative of `primitive`."""

@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from plif_jax import networks, neurons
-from plif_jax.analysis import operations, recording
+from plif_jax.analysis import operations, plots, recording
+from plif_jax.curves import figure
 from plif_jax.errors import UserError
 
 
@@ -198,6 +199,25 @@ def test_of_a_neuron_of_several_states_all_but_its_membranes_is_recorded():
         np.testing.assert_array_equal(rates, expected_rates)
         for field in ("currents", "spikes", "firing_rate", "neuron_rate"):
             np.testing.assert_array_equal(getattr(layers["fc.1"], field), getattr(expected["fc.1"], field))
+
+
+def test_of_a_step_of_ones_own_no_charge_is_told():
+    """It need not charge as `charge` says, nor have one."""
+
+    class Eager(neurons.LIF):
+        def step(self, v, x):
+            return super().step(v, 3 * x)
+
+    class Chargeless(neurons.Neuron):
+        def step(self, v, x):
+            return 0.5 * v + x, (v >= 1).astype(x.dtype)
+
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (5, 2, 4)))
+    for neuron in (Eager(), Chargeless()):
+        told = recording._layer_record(neuron, x, neuron(x), None)
+        assert told.charges is None
+        np.testing.assert_allclose(told.membranes[-1], neuron.unroll(None, x)[0], rtol=1e-6)
+        assert plots.neuron_response(figure()[1], [2.0, 2.0, 2.0], {"own": neuron}).lines
 
 
 def test_counting_nothing_is_refused_in_a_line(net):

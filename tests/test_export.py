@@ -147,13 +147,6 @@ def test_layers_of_ones_own_are_folded_in_evaluation_mode():
     assert fold(net).fc[1].deterministic and not net.fc[1].deterministic
 
 
-def test_folding_needs_weights_before_the_batch_norm():
-    net = trained(True)
-    net.static_conv = nnx.List([net.static_conv[1]])
-    with pytest.raises(UserError, match="batch norm after nothing"):
-        fold(net)
-
-
 @pytest.fixture
 def script(monkeypatch):
     """experiments/export.py with a run that need not be trained first."""

@@ -182,6 +182,14 @@ def test_thresholds_of_channels_stay_those_of_channels():
     np.testing.assert_array_equal(node.v_threshold, np.broadcast_to(thresholds[:, None, None], node.v_threshold.shape))
 
 
+def test_time_constants_of_channels_stay_those_of_channels():
+    net = trained()
+    net.conv[0].w = nnx.Param(jnp.linspace(-1.0, 1.0, net.static_conv[0].out_features).reshape(1, 1, 1, -1))
+    node = nir_interop.to_nir(net, dt=1.0).nodes["conv_0"]
+    taus = np.asarray(net.conv[0].tau).ravel()
+    np.testing.assert_allclose(node.tau, np.broadcast_to(taus[:, None, None], node.tau.shape), rtol=1e-6)
+
+
 def test_what_nir_cannot_express_is_refused():
     with pytest.raises(UserError, match=r"conv\.0 has a soft reset"):
         nir_interop.to_nir(with_neuron(v_reset=None))

@@ -91,6 +91,22 @@ def test_any_variable_of_a_neuron_of_ones_own_gets_its_gradient():
     assert fast.rate[...] != 0
 
 
+def test_settings_that_cannot_be_compiled_for_are_told():
+    class Decaying(neurons.Neuron):
+        def __init__(self, betas):
+            super().__init__()
+            self.betas = betas
+
+        def charge(self, v, x):
+            return self.betas[0] * v + x
+
+    x = currents(4, 3)
+    for betas in ([0.5, 0.9], {0: 0.5}):
+        with pytest.raises(UserError, match=r"Decaying holds a setting of unhashable type: '(list|dict)'; give"):
+            Decaying(betas)(x)
+    np.testing.assert_array_equal(Decaying((0.5, 0.9))(x), Decaying(nnx.List([0.5, 0.9]))(x))
+
+
 class Telling(neurons.IF):
     """Gives its potential before firing beside its spikes."""
 

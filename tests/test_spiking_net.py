@@ -52,8 +52,32 @@ def test_what_looks_into_networks_takes_no_other_module():
             look()
 
 
-def flat(conv=(), **settings):
-    fc = [networks.flatten, networks.linear(6), networks.neuron]
+class Recurrent(nnx.Module):
+    """One with a memory of its own."""
+
+    def __init__(self):
+        self.rnn = nnx.RNN(nnx.GRUCell(6, 6, rngs=nnx.Rngs(0)), time_major=True)
+
+    def __call__(self, x):
+        return self.rnn(x)
+
+
+def test_a_memory_that_no_state_carries_is_for_whole_sequences():
+    net = flat(fc=[lambda net, shape, rngs: (Recurrent(), shape)])
+    assert net(X).shape == (1, 3)
+    with pytest.raises(UserError, match=r"fc\.2 is a Recurrent that would begin anew at every call; call net\(x\)"):
+        net.unroll(None, X)
+
+
+def test_a_number_of_timesteps_left_open_is_told():
+    T, B = jax.export.symbolic_shape("T, B")
+    for module, shape in ((flat(), (T, B, 8, 8, 2)), (neurons.PLIF(), (T, B))):
+        with pytest.raises(UserError, match="T is T; the number of timesteps is known before compilation"):
+            jax.export.export(jax.jit(module))(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def flat(conv=(), fc=(), **settings):
+    fc = [networks.flatten, networks.linear(6), *fc, networks.neuron]
     table = {"static_conv": [], "conv": conv, "fc": fc}
     net = networks.SpikingNet(table, (8, 8, 2), 3, T=2, rngs=nnx.Rngs(0), **settings)
     net.fc[1].kernel[...] = jnp.linspace(0.0, 0.01, 6)[None] * jnp.ones((128, 1))  # currents 0 to 3.2

@@ -1,5 +1,7 @@
 """Spike functions: Heaviside forward, and backward the derivative of the stated primitive."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,21 @@ def test_alpha_is_one_number():
         np.testing.assert_allclose(nnx.jit(lambda alpha: surrogate.ATan(alpha).derivative(0.0))(alpha), 1.0)
     with pytest.raises(UserError, match=r"alpha has shape \(3,\); a surrogate has one alpha"):
         surrogate.ATan(jnp.full(3, 2.0), learnable=True)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (1, 1, 3)])
+def test_alphas_of_a_subclass_get_gradients_of_their_own(shape, x64):
+    class Each(surrogate.ATan):
+        def __init__(self, alphas):
+            super().__init__(learnable=True)
+            self.alpha = nnx.Param(alphas)
+
+    alphas = jnp.linspace(1.0, 3.0, math.prod(shape)).reshape(shape)
+    x, g = (jax.random.normal(jax.random.key(i), (4, 2, 3)) for i in (0, 1))
+    with jax.numpy_rank_promotion("allow"):
+        found = nnx.grad(lambda s: (s(x) * g).sum())(Each(alphas)).alpha[...]
+        expected = jax.grad(lambda alphas: (jnp.arctan(jnp.pi / 2 * alphas * x) / jnp.pi * g).sum())(alphas)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_alpha_is_a_parameter_only_where_it_is_learned():

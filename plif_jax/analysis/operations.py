@@ -19,7 +19,7 @@ from flax import nnx
 
 from plif_jax.analysis.recording import evaluate
 from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm
+from plif_jax.layers import CONVOLUTIONS, LINEARS, BatchNorm, computes_as
 from plif_jax.neurons import Neuron
 from plif_jax.spiking_net import check_net
 
@@ -27,6 +27,8 @@ from plif_jax.spiking_net import check_net
 # (Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014).
 ACCUMULATE_PJ = 0.9
 MULTIPLY_ACCUMULATE_PJ = 4.6
+
+COUNTED = (*CONVOLUTIONS, *LINEARS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def count(net, x) -> dict[str, LayerOperations]:
     """
     check_net(net)
     for name, layer in net.named_layers().items():
-        known = isinstance(layer, nnx.Conv | nnx.Linear | nnx.BatchNorm | BatchNorm | Neuron)
+        known = isinstance(layer, Neuron) or computes_as(layer, *COUNTED, nnx.BatchNorm, BatchNorm)
         if not known and any(isinstance(node, nnx.Param) for _, node in nnx.iter_graph(layer)):
             raise UserError(f"{name} is a {type(layer).__name__}, whose operations nobody here can count")
     if 0 in np.shape(x):
@@ -64,7 +66,7 @@ def count(net, x) -> dict[str, LayerOperations]:
     shapes = {}
 
     def note_shape(name, layer, entering, leaving):
-        if isinstance(layer, nnx.Conv | nnx.Linear):
+        if computes_as(layer, *COUNTED):
             shapes[name] = entering.shape[2:]
 
     jax.eval_shape(partial(evaluate, observe=note_shape), graphdef, state, x)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from plif_jax.dtypes import wide
 from plif_jax.errors import UserError
+from plif_jax.neurons import Neuron
 from plif_jax.spiking_net import check_net
 
 
@@ -29,7 +30,7 @@ class LayerRecord:
     """
 
     currents: jax.Array  # x [T, B, ...], the input of the neurons
-    # The next two are None where neurons have several states.
+    # The next two are None where neurons have several states, the first also where their `step` is their own.
     charges: jax.Array | None  # h [T, B, ...], after charging and before the reset: it fires where h >= threshold
     membranes: jax.Array | None  # v [T, B, ...], after the reset: what the next timestep starts from
     spikes: jax.Array  # s [T, B, ...], 0 or 1
@@ -150,10 +151,14 @@ def _layer_record(neuron, currents, spikes, index):
 
 
 def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
-    """h before firing, v after the reset, and spikes s, all [T, ...], of neurons at rest for currents x [T, ...]."""
+    """h before firing, v after the reset, and spikes s, all [T, ...], of neurons at rest for currents x [T, ...].
+
+    h is None where the neurons' `step` is their own, which need not charge as their `charge` does.
+    """
+    charges = type(neuron).step is Neuron.step
 
     def step(v, x):
-        h = neuron.charge(v, x.astype(v.dtype))
+        h = neuron.charge(v, x.astype(v.dtype)) if charges else None
         v, s = neuron.step(v, x)
         return v, jax.tree.map(of_chosen, (h, v, s))
 

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from plif_jax.errors import UserError
-from plif_jax.layers import BatchNorm, Dropout
+from plif_jax.layers import CONVOLUTIONS, LINEARS, BatchNorm, Dropout, computes_as
 
 
 def fold(net):
@@ -14,35 +13,39 @@ def fold(net):
         W' = W g,   b' = (b - mean) g + shift,   g = gain / sqrt(var + eps)   with the running mean and var
 
     The copy computes what `net` computes in evaluation mode up to rounding; `net` is left as it is. Layers keep their
-    order, not their numbers: without the batch norm `conv.2` may be `conv.1`.
-
-    Raises:
-      UserError: a batch norm follows something other than a convolution or a linear layer.
+    order, not their numbers: without the batch norm `conv.2` may be `conv.1`. A batch norm after something other than
+    a convolution or a linear layer stays, and so does a layer of one's own, whatever it is derived from.
     """
-    folded = nnx.clone(net)
+    folded, kept = nnx.clone(net), folded_layers(net)
     folded.eval()
-    last = None
     for part in folded.PARTS:
-        layers = []
-        for layer in getattr(folded, part):
-            if isinstance(layer, BatchNorm):
-                _absorb(last, layer)
-            elif not isinstance(layer, Dropout):
-                layers.append(last := layer)
-        setattr(folded, part, nnx.List(layers))
+        setattr(folded, part, nnx.List([layer for name, layer in kept.items() if name.split(".")[0] == part]))
     return folded
 
 
-def _absorb(layer, norm):
-    """Puts a batch norm into the weights before it, in float64: folding happens once, its rounding stays for good."""
-    if not isinstance(layer, nnx.Conv | nnx.Linear):
-        before = "nothing" if layer is None else type(layer).__name__
-        raise UserError(f"batch norm after {before} cannot be folded; it can after a convolution or a linear layer")
+def folded_layers(net):
+    """The layers that `fold` leaves, as {name in `net`: layer}."""
+    copy = nnx.clone(net)
+    copy.eval()
+    kept = {}
+    for name, layer in copy.named_layers().items():
+        before = next(reversed(kept), None)
+        if before and computes_as(layer, BatchNorm) and computes_as(kept[before], *CONVOLUTIONS, *LINEARS):
+            kept[before] = _absorbing(kept[before], layer)
+        elif not computes_as(layer, Dropout):
+            kept[name] = layer
+    return kept
+
+
+def _absorbing(layer, norm):
+    """A layer with a batch norm in its weights, in float64: folding happens once, its rounding stays for good."""
     scale, shift, mean, var = (np.asarray(v[...], np.float64) for v in (norm.scale, norm.bias, norm.mean, norm.var))
     gain = scale / np.sqrt(var + norm.eps)
     kernel = np.asarray(layer.kernel[...], np.float64)
     bias = 0.0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
     dtype = layer.kernel[...].dtype
+    layer = nnx.clone(layer)  # it may stand elsewhere too, before another batch norm or none
     layer.kernel = nnx.Param(jnp.asarray(kernel * gain, dtype))
     layer.bias = nnx.Param(jnp.asarray((bias - mean) * gain + shift, dtype))
     layer.use_bias = True
+    return layer

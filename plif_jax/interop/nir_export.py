@@ -11,9 +11,9 @@ from flax import nnx
 
 from plif_jax import neurons
 from plif_jax.errors import UserError
-from plif_jax.interop.fold import fold
+from plif_jax.interop.fold import fold, folded_layers
 from plif_jax.interop.torch import conv_to_torch, linear_to_torch, refuse_others
-from plif_jax.layers import BatchNorm, Dropout
+from plif_jax.layers import CONVOLUTIONS, LINEARS, BatchNorm, computes_as
 from plif_jax.networks import Flatten, Pool
 from plif_jax.spiking_net import check_net
 
@@ -36,32 +36,33 @@ def to_nir(net, dt=DT):
         raise UserError(f"dt is {dt}; a timestep takes more than 0 seconds, {DT} for most simulators")
     nodes = {"input": nir.Input({"input": np.array(channels_first(net.shape))})}
     shape, flattened, fed_spikes = tuple(net.shape), None, False
-    kept = [name for name, layer in net.named_layers().items() if not isinstance(layer, BatchNorm | Dropout)]
-    for called, (name, layer) in zip(kept, fold(net).named_layers().items(), strict=True):
+    for called, (name, layer) in zip(folded_layers(net), fold(net).named_layers().items(), strict=True):
         name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
-        if isinstance(layer, nnx.Conv | nnx.Linear):
+        if computes_as(layer, *CONVOLUTIONS, *LINEARS):
             refuse_others(called, layer, (layer.kernel, layer.bias))
         if isinstance(layer, neurons.Neuron):
             nodes[name] = _neuron_to_nir(called, layer, partial(_of_each, shape, flattened), dt)
-        elif isinstance(layer, nnx.Conv):
+        elif computes_as(layer, *CONVOLUTIONS):
             nodes[name] = _conv_to_nir(called, layer, shape)
-        elif isinstance(layer, nnx.Linear):
+        elif computes_as(layer, *LINEARS):
             if len(shape) == 3:
                 raise UserError(
                     f"{called} is a linear layer over the channels of maps; NIR's take vectors: flatten first"
                 )
             nodes[name] = _linear_to_nir(layer, flattened)
             flattened = None
-        elif isinstance(layer, Flatten):
+        elif computes_as(layer, Flatten):
             # Counted from the end: some simulators count the batch axis, others do not.
             nodes[name] = nir.Flatten({"input": np.array(channels_first(shape))}, start_dim=-3, end_dim=-1)
             flattened = shape
-        elif isinstance(layer, Pool):
+        elif computes_as(layer, Pool):
             nodes[name] = nir.AvgPool2d(*(np.array(pair) for pair in ((2, 2), (2, 2), (0, 0))))
             if layer.use_max:
                 if not fed_spikes:
                     raise UserError(f"{called} takes the maximum of values that are not spikes; NIR has no max pooling")
                 nodes[f"{name}_any"] = _any_spike(partial(_of_each, shape_after(layer, shape), None), dt)
+        elif computes_as(layer, BatchNorm):
+            raise UserError(f"{called} is a batch norm after no convolution or linear layer, into which it would fold")
         else:
             raise UserError(f"{called} is a {type(layer).__name__}, which NIR has no node for")
         # Where any of four spikes counts, so does any of sixteen; an average is no longer a spike.
@@ -116,7 +117,7 @@ def _neuron_to_nir(name, neuron, of_each, dt):
         raise UserError(f"{name} has a soft reset, which NIR cannot express; its neurons reset to a fixed potential")
     if type(neuron) is neurons.PLIF:
         # Not 1 / neuron.tau: rounded twice, k would come back as another.
-        return _lif(of_each, dt / float(neuron.k), neuron.v_threshold, neuron.v_reset)
+        return _lif(of_each, dt / np.asarray(neuron.k, float), neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.LIF:
         return _lif(of_each, dt * neuron.tau, neuron.v_threshold, neuron.v_reset)
     if type(neuron) is neurons.IF:
@@ -149,7 +150,7 @@ def _conv_to_nir(name, conv, shape):
         expressible, padding = all(before == after for before, after in sides), [before for before, _ in sides]
     if not expressible:
         raise UserError(f"{name} pads by {conv.padding}; NIR has zero padding, the same before and after")
-    kernel = np.asarray(conv.kernel[...])
+    kernel = np.asarray(conv.kernel[...] if conv.mask is None else conv.kernel[...] * conv.mask)
     return nir.Conv2d(
         input_shape=shape[:2],
         weight=np.ascontiguousarray(conv_to_torch(kernel)),
