@@ -122,15 +122,19 @@ def draw_layers(net, x, classes, folder, sample, checkpoint):
     rows = -(-len(layers) // 4)
     columns = -(-len(layers) // rows)
     fig, axes = figure(rows, columns, width=3 * columns, height=4 * rows, squeeze=False)
-    for ax, (name, layer) in zip(axes.flat, layers.items(), strict=False):
+    # The output, whose classes may have long names, at the right edge.
+    *others, last = axes.flat
+    for ax, (name, layer) in zip([*others[: len(layers) - 1], last], layers.items(), strict=True):
         spikes = _voters(whole[name].spikes[:, 0], len(classes)) if name == output else layer.spikes[:, 0]
         shown, total = spikes.shape[-1], layer.neuron_rate.size
         ylabel = "neuron" if shown == total else "chosen neuron, evenly spread"
-        plots.raster(ax, spikes, f"{name}, {shown} of {total} neurons", ylabel)
+        plots.raster(ax, spikes, f"{name}\n{shown} of {total} neurons", ylabel)
         if name == output:  # whose neurons vote, those of a class one after another
             ax.set_yticks(shown * (np.arange(len(classes)) + 0.5) / len(classes) - 0.5, classes, fontsize="small")
+            ax.yaxis.tick_right()
+            ax.yaxis.set_label_position("right")
             ax.set_ylabel("class that the neurons vote for")
-    for ax in axes.flat[len(layers) :]:
+    for ax in others[len(layers) - 1 :]:
         ax.remove()
     caption(fig, f"{sample}, {checkpoint}")
     save(fig, folder / "raster.png")

@@ -191,11 +191,10 @@ def _replace(name, kept):
     """Writes a row's figures; what a note said of others goes."""
     figures, note = KEPT / f"{name}.json", KEPT / f"{name}.md"
     text = json.dumps(kept, indent=1) + "\n"
-    replaces = not (figures.exists() and figures.read_text() == text)
-    files.write(figures, text)
-    if replaces and note.exists():
-        note.unlink()
+    if note.exists() and not (figures.exists() and figures.read_text() == text):
+        note.unlink()  # first: killed in between, this would find the figures replaced and keep the note
         print(f"{name}: {note} spoke of the run before and is gone; git has it, for what still holds")
+    files.write(figures, text)
 
 
 def published():

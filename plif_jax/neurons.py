@@ -68,7 +68,8 @@ class Neuron(nnx.Module):
         """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise.
 
         It is pure: it changes no variable and draws from no `nnx.Rngs`. What changes over time belongs in the state,
-        see `rest`.
+        see `rest`. It is compiled, also in a call outside `jax.jit`: what it reads besides its arguments and
+        attributes stays what it was at the first call.
         """
         raise NotImplementedError(f"{type(self).__name__} has no charge, which says how its membrane charges")
 

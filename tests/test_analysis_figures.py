@@ -65,7 +65,7 @@ def test_every_axis_is_used_and_equal_taus_share_a_line(frames, tmp_path, monkey
     shown = [list(ticks.get_positions()) for ticks in drawn["raster"][-1].collections]
     assert any(shown) and shown == [list(np.flatnonzero(train) + 1) for train in voters.T]
     assert all("sample 0: class 3, latest" in said[name] for name in ("raster", "spike_maps"))
-    titles = [ax.get_title().split(",")[0] for ax in drawn["raster"]]
+    titles = [ax.get_title().split("\n")[0] for ax in drawn["raster"]]
     assert titles == ["conv.2", "conv.6", "conv.10", "fc.3", "fc.6"]
     assert {ax.get_ylabel() for ax in drawn["raster"][:-1]} == {"chosen neuron, evenly spread", "neuron"}
     assert [text.get_text() for text in drawn["raster"][-1].get_yticklabels()] == CLASSES

@@ -67,7 +67,9 @@ def test_a_finished_run_says_so_and_a_larger_max_epoch_is_the_uninterrupted_run(
     assert any("finished already: 1 epochs are done; a larger -max_epoch trains on" in line for line in said)
     assert json.loads((config.run_dir / "result.json").read_text()) == result and result["finished"]
     monkeypatch.setattr(report.os, "cpu_count", lambda: 1024)
-    assert loop.train(config, say=lambda line: None)["machine"].endswith("1024 cores")
+    assert loop.train(config, say=said.append)["machine"].endswith("1024 cores")
+    (line,) = [line for line in said if line.startswith("elsewhere than before")]
+    assert "cores, was " in line and "1024" in line
     assert_same_run(config, whole[0])
 
 
@@ -227,6 +229,10 @@ def test_the_rate_of_training_leaves_out_the_call_that_compiles(settings, tmp_pa
     progress = json.loads(next(config.checkpoint_dir.glob("10/record/*")).read_text())["progress"]
     assert progress["steps_timed"] == 8  # each program compiles
     assert result["samples_per_second"] == pytest.approx(8 * 8 / progress["seconds_timed"])
+    monkeypatch.setattr(report.os, "cpu_count", lambda: 1024)
+    loop.train(dataclasses.replace(config, max_epoch=3), say=lambda line: None)
+    progress = json.loads(next(config.checkpoint_dir.glob("15/record/*")).read_text())["progress"]
+    assert progress["steps_timed"] == 4  # of the other machine these alone
 
 
 def test_each_number_of_steps_per_call_compiles(settings, tmp_path):

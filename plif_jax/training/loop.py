@@ -115,6 +115,9 @@ class Run:
             self._refuse_other_data(progress["data"])
             self.progress |= progress
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
+            differing = report.differences(self.progress["hardware"], report.hardware(chosen))
+            if differing and self.progress["epoch"] < config.max_epoch:
+                say(f"elsewhere than before, where numbers may round otherwise: {', '.join(differing)}")
         if self.main:
             self.logs = Logs(config.run_dir, self.progress["points"], say)
             files.write(config.run_dir / "config.json", config.to_json())
@@ -167,6 +170,7 @@ class Run:
         def stop_clock():
             """Counts the steps since the clock began, if any, as timed."""
             if count > timed_from:
+                self._note_hardware()
                 self.progress["steps_timed"] += count - timed_from
                 self.progress["seconds_timed"] += time.monotonic() - began
 
@@ -197,14 +201,19 @@ class Run:
             read()
             self.progress["sums"] = sums.tolist()
             stop_clock()
-            if count > already:
-                # Not where a finished run is only called again: these figures are not from there.
-                self.progress["hardware"] = report.hardware(self.devices)
+            if count > already:  # and not where a finished run is only called again
+                self._note_hardware()
         self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)
         loss, accuracy = (sums / max(count, 1)).tolist()
         return {"loss": loss, "train_accuracy": accuracy}
+
+    def _note_hardware(self):
+        """Notes where steps are done; elsewhere than those before, what is told of speed begins anew."""
+        here = report.hardware(self.devices)
+        if self.progress["hardware"] != here:
+            self.progress |= {"hardware": here, "steps_timed": 0, "seconds_timed": 0.0}
 
     def call_sizes(self, done):
         """Steps per dispatch for the rest of an epoch; the cuts are the same wherever a run was stopped."""

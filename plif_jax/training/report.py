@@ -47,6 +47,8 @@ def tau(neuron) -> float | None:
 def samples_per_second(run) -> float | None:
     """How fast the run trained so far, without the call of each program in which it compiled, and evaluation.
 
+    Of a run that was continued with other devices or versions, how fast it was with these.
+
     None where these were all.
     """
     steps, seconds = run.progress["steps_timed"], run.progress["seconds_timed"]
@@ -85,6 +87,14 @@ def hardware(devices) -> dict:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "plif_jax": __version__, **_versions()},
     }
+
+
+def differences(before, now) -> list[str]:
+    """What tells two places apart, as `hardware` gives them."""
+    flat = [{"devices": ", ".join(h["devices"]), "machine": h["machine"], **h["versions"]} for h in (before, now)]
+    names = dict.fromkeys(name for facts in flat for name in facts)
+    was, is_ = ({name: facts.get(name, "none") for name in names} for facts in flat)
+    return [f"{name} {is_[name]}, was {was[name]}" for name in names if was[name] != is_[name]]
 
 
 def _versions():
