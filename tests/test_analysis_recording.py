@@ -268,7 +268,12 @@ def test_chosen_neurons_keep_parameters_of_their_own(index):
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_operations_are_counted_exactly(dtype):
-    net = networks.NMNISTNet(T=2, channels=57, number_layer=1, dtype=dtype, rngs=nnx.Rngs(0))
+    table = {
+        "static_conv": [],
+        "conv": [networks.conv(57), networks.pool],
+        "fc": [networks.flatten, networks.linear(10)],
+    }
+    net = networks.SpikingNet(table, (34, 34, 2), 10, T=2, dtype=dtype, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 1, 34, 34, 2))
     counted = operations.count(net, x)["conv.0"]
     reached = 57 * 2 * (9 * 32**2 + 6 * 4 * 32 + 4 * 4)  # 9 outputs of an inner pixel, 6 at an edge, 4 at a corner

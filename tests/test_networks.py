@@ -111,15 +111,15 @@ def test_a_call_without_a_key_moves_no_statistics(rngs):
 
 
 WIDE = {"channels": 64, "dtype": jnp.bfloat16}  # where the CPU has units for bfloat16, it uses them
+LIF = {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}
 
 
-@pytest.mark.parametrize("B, cuts", [(2, [1]), (1, [1, 2, 3])], ids=["two chunks", "live"])
-@pytest.mark.parametrize("of", [{"channels": 16}, {"use_plif": False, "use_max_pool": False, "init_tau": 1.3}, WIDE])
-def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(B, cuts, of):
+@pytest.mark.parametrize("cuts, of", [([1, 2, 3], {"channels": 16}), ([1], LIF), ([1, 2, 3], WIDE), ([1], WIDE)])
+def test_evaluating_in_chunks_gives_exactly_what_one_call_gives(cuts, of):
     net = firing(small(T=4, **of))
     net.eval()
     run = jax.jit(lambda net, state, x: net.unroll(state, x))
-    x = frames(net, B=B)
+    x = frames(net, B=1 if len(cuts) == 3 else 2)  # live, one stream
     end, whole = run(net, None, x)
     state, votes = None, []
     for chunk in jnp.split(x, cuts):

