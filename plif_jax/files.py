@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import shutil
+import threading
 from pathlib import Path
 
 
@@ -13,17 +15,24 @@ def replacing(path):
     Raises:
       OSError: the system's refusal, which names `path`.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device has nothing to keep; a folder refuses
+        with open(path, "wb") as file:
+            yield file
+        return
     path = Path(os.path.realpath(path))  # of a link the file that it leads to
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name[:50]}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, partial)
         os.replace(partial, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None:  # not the system's, but of a library that writes
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -121,11 +121,16 @@ class SpikingNet(nnx.Module):
             a layer of one's own holds neurons, whose membranes are in no state, or is a recurrent one of Flax's.
         """
         for name, layer in self.named_layers().items():
+            if isinstance(layer, neurons.Neuron):
+                continue
             kind = type(layer).__name__
-            if not isinstance(layer, neurons.Neuron) and _holds(layer, neurons.Neuron):
-                raise UserError(f"{name} is a {kind} whose neurons no state carries; call net(x), or list its layers")
-            if _holds(layer, nnx.RNN | nnx.RNNCellBase):
-                raise UserError(f"{name} is a {kind} that would begin anew at every call; call net(x)")
+            for _, node in nnx.iter_graph(layer):
+                if isinstance(node, neurons.Neuron):
+                    raise UserError(
+                        f"{name} is a {kind} whose neurons no state carries; call net(x), or list its layers"
+                    )
+                if isinstance(node, nnx.RNN | nnx.RNNCellBase):
+                    raise UserError(f"{name} is a {kind} that would begin anew at every call; call net(x)")
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)
 
@@ -231,11 +236,6 @@ def _drops(name, layer):
         kind = type(layer).__name__
         raise UserError(f"{name} is a {kind} that holds dropout; let its __call__ take rngs and pass them on")
     return True
-
-
-def _holds(layer, kind):
-    """Whether a layer is one, or has one somewhere within."""
-    return any(isinstance(node, kind) for _, node in nnx.iter_graph(layer))
 
 
 def check_net(net):

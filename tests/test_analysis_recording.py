@@ -216,6 +216,7 @@ def test_of_a_step_of_ones_own_no_charge_is_told():
     for neuron in (Eager(), Chargeless()):
         told = recording._layer_record(neuron, x, neuron(x), None)
         assert told.charges is None
+        assert recording._layer_record(neuron, x, neuron(x), np.array([], int)).charges is None
         np.testing.assert_allclose(told.membranes[-1], neuron.unroll(None, x)[0], rtol=1e-6)
         assert plots.neuron_response(figure()[1], [2.0, 2.0, 2.0], {"own": neuron}).lines
 

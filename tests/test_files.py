@@ -1,7 +1,9 @@
 """Files are written whole or not at all: where the disk refuses, what was there before stays, and is named."""
 
 import contextlib
+import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +75,32 @@ def test_a_link_leads_to_what_is_replaced(tmp_path):
         files.write(tmp_path / "link", content)
         assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "elsewhere" / "file").read_bytes() == b"twice"
+
+
+def test_a_pipe_is_written_to_and_a_folder_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write(tmp_path / "pipe", "content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}'$"):
+        files.write(tmp_path, "content")
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*nowhere/file'$"):
+        files.write(tmp_path / "nowhere" / "file", "content")
+
+
+def test_what_replaces_a_file_has_its_mode(tmp_path):
+    path = tmp_path / (255 * "a")
+    files.write(path, "once")
+    path.chmod(0o600)
+    files.write(path, "twice")
+    assert path.read_text() == "twice" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_threads_write_one_file_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: files.write(tmp_path / "file", 1000 * str(i % 10)), range(100)))
+    assert [tmp_path / "file"] == list(tmp_path.iterdir()) and len(set((tmp_path / "file").read_text())) == 1
 
 
 def test_what_fails_while_a_file_is_made_leaves_what_was_there(tmp_path):

@@ -55,18 +55,40 @@ def test_what_looks_into_networks_takes_no_other_module():
 class Recurrent(nnx.Module):
     """One with a memory of its own."""
 
-    def __init__(self):
-        self.rnn = nnx.RNN(nnx.GRUCell(6, 6, rngs=nnx.Rngs(0)), time_major=True)
+    def __init__(self, whole):
+        self.cell = nnx.GRUCell(6, 6, rngs=nnx.Rngs(0))
+        self.rnn = nnx.RNN(self.cell, time_major=True) if whole else None
 
     def __call__(self, x):
-        return self.rnn(x)
+        carry, ys = jnp.zeros(x.shape[1:]), []
+        for x_t in x:
+            carry, y = self.cell(carry, x_t)
+            ys.append(y)
+        return jnp.stack(ys)
 
 
-def test_a_memory_that_no_state_carries_is_for_whole_sequences():
-    net = flat(fc=[lambda net, shape, rngs: (Recurrent(), shape)])
+class Carried(neurons.Neuron):
+    """A neuron whose state is that of a recurrent cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nnx.GRUCell(6, 6, rngs=nnx.Rngs(0))
+
+    def step(self, v, x):
+        v, y = self.cell(v, x)
+        return v, self.surrogate(y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_memory_that_no_state_carries_is_for_whole_sequences(whole):
+    net = flat(fc=[lambda net, shape, rngs: (Recurrent(whole), shape)])
     assert net(X).shape == (1, 3)
     with pytest.raises(UserError, match=r"fc\.2 is a Recurrent that would begin anew at every call; call net\(x\)"):
         net.unroll(None, X)
+    net = flat(fc=[lambda net, shape, rngs: (Carried(), shape)])
+    end, _ = net.unroll(None, X)
+    live, _ = net.unroll(None, X[:1])
+    np.testing.assert_allclose(net.unroll(live, X[1:])[0][0], end[0], rtol=1e-4)
 
 
 def test_a_number_of_timesteps_left_open_is_told():

@@ -46,6 +46,7 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     """Membrane and spikes of single neurons in answer to one current (compare Fang et al., 2021, Fig. 2).
 
     The membrane charges to h; where that reaches the threshold the neuron fires and the line falls to v, the reset.
+    Of a neuron with a `step` of its own v alone is drawn.
 
     Args:
       ax: the axes drawn on.

@@ -140,11 +140,12 @@ def _layer_record(neuron, currents, spikes, index):
         axes_before = a.ndim - (currents.ndim - 2)
         return a if index is None else a.reshape(*a.shape[:axes_before], -1)[..., index]
 
-    if index is not None and not index.size:
-        nothing = jnp.zeros((T, B, 0), currents.dtype)
-        return LayerRecord(nothing, nothing, nothing, nothing, firing_rate, neuron_rate)
     if neuron.rest(currents).shape != currents.shape[1:]:
         return LayerRecord(of_chosen(currents), None, None, of_chosen(spikes), firing_rate, neuron_rate)
+    if index is not None and not index.size:  # nothing to scan for
+        nothing = jnp.zeros((T, B, 0), currents.dtype)
+        charges = nothing if type(neuron).step is Neuron.step else None
+        return LayerRecord(nothing, charges, nothing, nothing, firing_rate, neuron_rate)
     # All neurons charge, for a neuron of one's own may have parameters for each; what is kept is what was chosen.
     charges, membranes, _ = charge_fire_reset(neuron, currents, of_chosen)
     return LayerRecord(of_chosen(currents), charges, membranes, of_chosen(spikes), firing_rate, neuron_rate)

@@ -17,7 +17,6 @@ def fold(net):
     a convolution or a linear layer stays, and so does a layer of one's own, whatever it is derived from.
     """
     folded, kept = nnx.clone(net), folded_layers(net)
-    folded.eval()
     for part in folded.PARTS:
         setattr(folded, part, nnx.List([layer for name, layer in kept.items() if name.split(".")[0] == part]))
     return folded

@@ -13,15 +13,16 @@ simulator must run with the dt of the export, which the graph's metadata keeps b
 
 What becomes of the parts that NIR has no node for:
 
-- Batch norm is folded into the convolution; dropout is left out.
+- Batch norm is folded into the convolution or linear layer before it; dropout is left out.
 - The static part is in the graph like any other layer: show the image at each of T steps.
 - Max pooling of spikes is "did any of the four fire", exactly: average pooling and a neuron with v_reset = 0 that any
   single spike fires. Its membrane is 0 after every step, so it remembers nothing.
 - The vote is a last linear node that averages each class's neurons: the graph's outputs are votes [B, classes] per
   timestep, their mean over T the firing rates.
-- NIR cannot say: soft reset, and max pooling of values that are not spikes, which are refused; and surrogate functions,
-  which parameters are shared or learned (PLIF comes back as LIF), and whether a membrane exactly at the threshold fires
-  (here it does; NIR's text says above), which the graph does not hold.
+- NIR cannot say: soft reset, max pooling of values that are not spikes, batch norm after anything else, and what layers
+  of one's own do in a `__call__` of their own, which are refused; and surrogate functions, which parameters are shared
+  or learned (PLIF comes back as LIF), and whether a membrane exactly at the threshold fires (here it does; NIR's text
+  says above), which the graph does not hold.
 
 Feature maps are channels-first in NIR, and flattened so.
 """

@@ -143,8 +143,10 @@ class Run:
         """Takes the epoch's steps that are left and returns its mean loss and accuracy."""
         index_SB = batches.training_batches(self.config.seed, epoch, self.parts["train"], self.config.batch_size)
         first = epoch * self.steps_per_epoch
-        done = already = timed_from = int(self.state.step) - first
+        done = timed_from = int(self.state.step) - first
         sizes = self.call_sizes(done)
+        if sizes:  # and not where a finished run is only called again
+            self._note_hardware()
         sums, count, pending = np.array(self.progress["sums"]), done, None
         bar = tqdm(
             total=len(index_SB),
@@ -170,7 +172,6 @@ class Run:
         def stop_clock():
             """Counts the steps since the clock began, if any, as timed."""
             if count > timed_from:
-                self._note_hardware()
                 self.progress["steps_timed"] += count - timed_from
                 self.progress["seconds_timed"] += time.monotonic() - began
 
@@ -201,8 +202,6 @@ class Run:
             read()
             self.progress["sums"] = sums.tolist()
             stop_clock()
-            if count > already:  # and not where a finished run is only called again
-                self._note_hardware()
         self._refuse_lost_weights()
         if self.asked:
             self._save_and_stop(self.asked)
