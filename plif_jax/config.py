@@ -107,6 +107,13 @@ class Config:
         """The data set's sensor, classes and paper settings."""
         return DATASETS[self.dataset_name]
 
+    def without_effect(self) -> list[str]:
+        """The names of settings that differ from the usual and that this data set does not use."""
+        usual = Config(dataset_name=self.dataset_name)
+        names = () if self.facts.events else ("channels", "number_layer", "split_by", "normalization")
+        names += () if self.dataset_name == "CIFAR10DVS" else ("cifar10dvs_split",)
+        return [name for name in names if getattr(self, name) != getattr(usual, name)]
+
     @property
     def run_name(self) -> str:
         """Name of the run folder, exactly as the paper's program builds it."""
@@ -329,8 +336,8 @@ def load(path: str | Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"-config {path}: {error}") from None
     except (Exception, SystemExit) as error:
         first = str(error).partition("\n")[0]
         raise UserError(f"-config {path}: {type(error).__name__}: {first}") from None

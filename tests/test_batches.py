@@ -65,7 +65,17 @@ def test_accuracy_b_keeps_the_first_85_percent_of_each_class_rounded_up(n, kept)
 
 def test_partition_refuses_too_few_samples():
     dataset = Dataset("MNIST", split_of(10), split_of(10), "here")
-    with pytest.raises(UserError, match="10 training samples make no batch of -batch_size 16"):
+    with pytest.raises(UserError, match="10 training samples make no batch of -batch_size 16; give 10 or less"):
+        batches.partition(Config(dataset_name="MNIST"), dataset)
+
+
+@pytest.mark.parametrize("wrong, of", [(10, "train"), (10, "test"), (-1, "train")])
+def test_partition_refuses_a_label_that_is_no_class(wrong, of):
+    """It would train, and be left out of the accuracy."""
+    splits = {"train": split_of(40), "test": split_of(40)}
+    splits[of].y[7] = wrong
+    dataset = Dataset("MNIST", *splits.values(), "here")
+    with pytest.raises(UserError, match=f"MNIST has a sample with label {wrong}; its 10 classes are 0 to 9"):
         batches.partition(Config(dataset_name="MNIST"), dataset)
 
 

@@ -13,6 +13,11 @@ def assert_same(got, events):
         np.testing.assert_array_equal(got[name], events[name], err_msg=name)
 
 
+def test_columns_are_of_one_length():
+    with pytest.raises(ValueError, match="1 values of x for 5 of t"):
+        event_readers._events(np.arange(5), np.array([3]), np.arange(5), np.arange(5))
+
+
 def test_five_byte_round_trip(tmp_path):
     events = random_events(0, 500, 34, 34, duration=1 << 23)
     digits.write_recording(tmp_path / "1.bin", events)

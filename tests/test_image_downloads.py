@@ -173,6 +173,11 @@ def test_a_damaged_description_of_record_files_is_named(tmp_path, site, size):
         load(tmp_path / "cache")
 
 
+def test_a_set_without_an_address_is_for_data_root(tmp_path):
+    with pytest.raises(UserError, match="Mine has no address to be fetched from: give -data_root"):
+        tfds_builders.find("Mine", tmp_path)
+
+
 def test_two_programs_prepare_a_set_once_and_without_tensorflow(tmp_path, site):
     program = textwrap.dedent(f"""
         import sys

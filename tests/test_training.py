@@ -73,6 +73,12 @@ def test_a_finished_run_says_so_and_a_larger_max_epoch_is_the_uninterrupted_run(
     assert_same_run(config, whole[0])
 
 
+def test_a_setting_without_effect_is_told(settings, tmp_path):
+    said = []
+    loop.train(settings(log_dir_prefix=str(tmp_path), max_epoch=1, cifar10dvs_split="tebn"), say=said.append)
+    assert "-cifar10dvs_split tebn has no effect: Digits does not use it" in said
+
+
 def test_a_run_may_be_silent(settings, tmp_path, capfd):
     loop.train(settings(log_dir_prefix=str(tmp_path), max_epoch=1), say=None)
     assert capfd.readouterr() == ("", "")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plif_jax.data.dataset import Dataset, Split
+from plif_jax.data.dataset import Dataset, Split, check_labels
 from plif_jax.errors import UserError
 
 
@@ -54,8 +54,9 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
     """The samples of each part of a run: "train", "test", and with `val_ratio` "val".
 
     Raises:
-      UserError: a part is empty, or there are fewer training samples than a batch holds.
+      UserError: a part is empty, a label no class, or there are fewer training samples than a batch holds.
     """
+    check_labels(config.dataset_name, dataset.train.y)
     train = spread(dataset.train.y, config.train_samples)
     parts = {"train": Samples(dataset.train, train), "test": test_part(config, dataset)}
     _refuse_empty(dataset, "train", parts["train"], "more train samples")
@@ -69,7 +70,8 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
         _refuse_empty(dataset, "val", val, f"{more}a larger -val_ratio")
         parts |= {"train": train, "val": val}
     if len(parts["train"]) < config.batch_size:
-        raise UserError(f"{len(parts['train'])} training samples make no batch of -batch_size {config.batch_size}")
+        n = len(parts["train"])
+        raise UserError(f"{n} training samples make no batch of -batch_size {config.batch_size}; give {n} or less")
     return parts
 
 
@@ -77,8 +79,9 @@ def test_part(config, dataset: Dataset) -> Samples:
     """The samples that a run tests on; for training there need not be any.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or a label is no class.
     """
+    check_labels(config.dataset_name, dataset.test.y)
     part = Samples(dataset.test, spread(dataset.test.y, config.test_samples))
     _refuse_empty(dataset, "test", part, "more test samples")
     return part

@@ -9,7 +9,7 @@ from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.curves import event_colors, figure
 from plif_jax.data import downloads, event_cache, event_readers, events, image_files, images, recordings, storage
-from plif_jax.data.dataset import check_name, default_cache_dir
+from plif_jax.data.dataset import check_labels, check_name, default_cache_dir
 from plif_jax.errors import UserError
 from plif_jax.files import write_figure
 
@@ -33,6 +33,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
     check_name(name, DATASETS)
     cache_dir = expanded(cache_dir or default_cache_dir())
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
+    check_labels(name, labels)
     with storage.writing(Path(f"{name}.png").resolve(), "Run it in a folder of yours that has space."):
         _draw(rows, [DATASETS[name].class_names[label] for label in labels], title, f"{name}.png")
     return "\n".join([*lines, f"a few samples: {Path(f'{name}.png').resolve()}"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.data import storage
 from plif_jax.errors import UserError, nearest
@@ -66,14 +67,27 @@ def existing(data_root: str | Path) -> Path:
     return root
 
 
+def check_labels(name: str, y):
+    """Raise a UserError where a sample of a set is of none of its classes: it would train and never be counted."""
+    classes, y = DATASETS[name].classes, np.asarray(y)
+    wrong = y[(y < 0) | (y >= classes)]
+    if wrong.size:
+        raise UserError(f"{name} has a sample with label {wrong[0]}; its {classes} classes are 0 to {classes - 1}")
+
+
 def folders(root: Path, telling: set[str], depth: int = 3) -> Iterator[Path]:
     """The folders under root that may hold a set: those whose names are `telling`, deepest first, then root itself.
 
     Names are compared without case and punctuation; what lies unpacked comes before a "download" of the same.
     """
+    telling = {_plain(name) for name in telling}
     with storage.reading(root):
         children = sorted(root.iterdir(), key=lambda child: (child.name == "download", child.name)) if depth else ()
-        likely = [c for c in children if re.sub("[^a-z0-9]", "", c.name.lower()) in telling and c.is_dir()]
+        likely = [c for c in children if _plain(c.name) in telling and c.is_dir()]
     for child in likely:
         yield from folders(child, telling, depth - 1)
     yield root
+
+
+def _plain(name):
+    return re.sub("[^a-z0-9]", "", name.lower())

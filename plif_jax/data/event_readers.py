@@ -159,6 +159,8 @@ def _events(t, x, y, p):
     """Put columns of whole numbers together."""
     events = np.empty(len(t), EVENTS)
     for name, column in (("t", t), ("x", x), ("y", y), ("p", p)):
+        if len(column) != len(t):  # one alone would be taken for each
+            raise ValueError(f"{len(column)} values of {name} for {len(t)} of t")
         events[name] = integers(name, column)
     return events
 

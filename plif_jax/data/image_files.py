@@ -108,7 +108,7 @@ def _read_idx_split(name: str, files: dict[str, Path], split: str) -> tuple[np.n
     owner = _LABELS_MD5.get(hashlib.md5(y).hexdigest(), name)
     if owner != name:
         raise UserError(f"{labels} belongs to {owner}, not to {name}: give {name}'s folder as data_root")
-    return x, _checked_labels(y, labels)
+    return x, _checked_labels(y, labels, DATASETS[name].classes)
 
 
 def _read_idx(path: Path, shape: tuple[int, ...], most: int) -> np.ndarray:
@@ -244,8 +244,8 @@ class _BatchUnpickler(pickle.Unpickler):
             raise UserError(f"a CIFAR-10 pickle asks for {module}.{name}, which no official batch does") from None
 
 
-def _checked_labels(y: np.ndarray, where: Path) -> np.ndarray:
+def _checked_labels(y: np.ndarray, where: Path, classes: int = 10) -> np.ndarray:
     """The labels as int32, if each is a class."""
-    if y.max() > 9:
-        raise UserError(f"{where} has the label {y.max()}: classes are 0 to 9; get the file again")
+    if y.max() >= classes:
+        raise UserError(f"{where} has the label {y.max()}: classes are 0 to {classes - 1}; get the file again")
     return y.astype(np.int32)

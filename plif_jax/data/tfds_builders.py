@@ -74,8 +74,10 @@ def find(name: str, cache_dir: Path) -> "Images":
     """The builder of a set; its `data_path` exists where the set is prepared.
 
     Raises:
-        UserError: what describes its record files is damaged.
+        UserError: it has no address, or what describes its record files is damaged.
     """
+    if name not in SOURCES:
+        raise UserError(f"{name} has no address to be fetched from: give -data_root, the folder with its files")
     home = _home(cache_dir)
     try:
         return Images(config=name, data_dir=home)

@@ -60,6 +60,8 @@ def train(config, say=print) -> dict:
     dataset = data.load(config, progress=bars)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
+    for name in config.without_effect():
+        say(f"-{name} {getattr(config, name)} has no effect: {dataset.name} does not use it")
     try:
         parts = batches.partition(config, dataset)
         if (config.train_samples, config.test_samples, config.val_ratio) != (None, None, None):
