@@ -26,7 +26,7 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        with contextlib.suppress(OSError):  # where there was no file, or where files have no modes
             shutil.copymode(path, partial)
         os.replace(partial, path)
     except OSError as error:
