@@ -1,5 +1,6 @@
 """A trained network as a NIR graph; `plif_jax.interop.nir` says what becomes of what."""
 
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from plif_jax import neurons
 from plif_jax.errors import UserError
-from plif_jax.interop.fold import fold, folded_layers
+from plif_jax.interop.fold import folded_layers
 from plif_jax.interop.torch import conv_to_torch, linear_to_torch, refuse_others
 from plif_jax.layers import CONVOLUTIONS, LINEARS, BatchNorm, computes_as
 from plif_jax.networks import Flatten, Pool
@@ -36,8 +37,11 @@ def to_nir(net, dt=DT):
         raise UserError(f"dt is {dt}; a timestep takes more than 0 seconds, {DT} for most simulators")
     nodes = {"input": nir.Input({"input": np.array(channels_first(net.shape))})}
     shape, flattened, fed_spikes = tuple(net.shape), None, False
-    for called, (name, layer) in zip(folded_layers(net), fold(net).named_layers().items(), strict=True):
-        name = name.replace(".", "_")  # a dot would be a submodule in PyTorch
+    so_far = Counter()
+    for called, layer in folded_layers(net).items():
+        part = called.split(".")[0]
+        name = f"{part}_{so_far[part]}"  # numbered as `fold` does; a dot would be a submodule in PyTorch
+        so_far[part] += 1
         if computes_as(layer, *CONVOLUTIONS, *LINEARS):
             refuse_others(called, layer, (layer.kernel, layer.bias))
         if isinstance(layer, neurons.Neuron):
