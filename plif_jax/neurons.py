@@ -161,7 +161,7 @@ def _currents(x):
 def check_timesteps(x):
     """Raises a UserError where the number of timesteps of x [T, ...] is left open, as `jax.export` may leave it."""
     if not isinstance(x.shape[0], int):
-        raise UserError(f"T is {x.shape[0]}; the number of timesteps is known before compilation, only others are open")
+        raise UserError(f"x of shape {x.shape} leaves the number of timesteps open; fix it, the batch may stay open")
 
 
 def _spreads(shape, over):

@@ -129,7 +129,7 @@ class SpikingNet(nnx.Module):
                     raise UserError(
                         f"{name} is a {kind} whose neurons no state carries; call net(x), or list its layers"
                     )
-                if isinstance(node, nnx.RNN | nnx.RNNCellBase):
+                if isinstance(node, nnx.RNNCellBase):
                     raise UserError(f"{name} is a {kind} that would begin anew at every call; call net(x)")
         after, spikes = self._run(state, x, rngs, observe)
         return after, vote(spikes, self.classes)

@@ -36,9 +36,9 @@ def _backward(graphdef, residuals, g):
     def alpha_bar(alpha):
         of_each = g * surrogate.alpha_derivative(x)
         # One alpha for all, or for each channel; in a GPU's kernel one for each x.
-        kept = np.ndim(x) - np.ndim(alpha)
-        sizes = (1,) * kept + np.shape(alpha)
-        axes = tuple(i for i, (n, m) in enumerate(zip(sizes, x.shape, strict=True)) if i < kept or n != m)
+        leading = np.ndim(x) - np.ndim(alpha)
+        sizes = (1,) * leading + np.shape(alpha)
+        axes = tuple(i for i, (n, m) in enumerate(zip(sizes, x.shape, strict=True)) if i < leading or n != m)
         return (of_each.sum(axes).reshape(np.shape(alpha)) if axes else of_each).astype(jnp.result_type(alpha))
 
     if not params.keys() - {"alpha"}:
