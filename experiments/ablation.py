@@ -106,7 +106,7 @@ def table(runs) -> str:
     return "\n".join(lines)
 
 
-def minds(runs) -> list[str]:
+def notes(runs) -> list[str]:
     """What sets the runs of each data set apart from the published ones, a line each."""
     lines = []
     for (dataset, name), (config, *_) in runs.items():
@@ -120,7 +120,7 @@ def minds(runs) -> list[str]:
         results = [finished(run) for (other, _), configs in runs.items() for run in configs if other == dataset]
         parts = [reference.parts_used(result["samples"], dataset) for result in results if result]
         differing += dict.fromkeys(part for of_run in parts for part in of_run)
-        lines += [f"mind: {dataset}: {difference}" for difference in differing]
+        lines += [f"note: {dataset}: {difference}" for difference in differing]
     return lines
 
 
@@ -169,7 +169,7 @@ def asked(argv):
 
 def told(runs) -> str:
     """The table, and what sets the runs apart."""
-    return "\n\n".join([table(runs), *minds(runs)])
+    return "\n\n".join([table(runs), *notes(runs)])
 
 
 def main(argv):

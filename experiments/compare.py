@@ -116,13 +116,13 @@ def main(argv):
     published = reference.load(flags.reference, config, besides=flags.run)
     print(f"ours   {config.run_name}\ntheirs {published.run_name}")
     for difference in [*published.differences, *parts_used(flags.run, config)]:
-        print(f"mind:  {difference}")
+        print(f"note:  {difference}")
     if not reference.differences_at(ours["test_accuracy"], published.metrics.get("test_accuracy", ())):
-        print("mind:  no epoch has a test accuracy both here and there: there is nothing to compare")
+        print("note:  no epoch has a test accuracy both here and there: there is nothing to compare")
     theirs = published.metrics
     layers, their_layers = len(w_tags(ours)), len(w_tags(theirs))
     if layers and their_layers and layers != their_layers:
-        print(f"mind:  {layers} layers have a w, theirs {their_layers}: they are not the same ones, w is not compared")
+        print(f"note:  {layers} layers have a w, theirs {their_layers}: they are not the same ones, w is not compared")
         theirs = {tag: curve for tag, curve in theirs.items() if tag not in w_tags(theirs)}
     print_accuracy(ours, theirs)
     print_w(ours, theirs)

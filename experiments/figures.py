@@ -185,16 +185,16 @@ def main(argv):
     one = x[:, :1] if config.facts.events else x[:1]
     names = config.facts.class_names
     label, guess = (names[int(i)] for i in (part.split.y[index[0]], nnx.jit(net)(one)[0].argmax()))
-    print(f"sample {flags.sample} of {len(part)}: class {label}, taken for {guess}")
+    sample = f"sample {flags.sample} of {len(part)}: class {label}, taken for {guess}"
+    print(sample)
 
     summary(curves, folder / "training.png", config.run_name, config.init_tau)
     print(folder / "training.png")
-    sample = f"sample {flags.sample}: class {label}, taken for {guess}"
     draw_neurons(net, folder, checkpoint)
     draw_input(config, x, stored, folder, sample)
     draw_layers(net, x, names, folder, sample, checkpoint)
     fig, ax = figure(width=6.4, height=5.4)
-    plots.confusion_matrix(ax, evaluate(config, net)["confusion"], config.facts.class_names)
+    plots.confusion_matrix(ax, evaluate(config, net)["confusion"], names)
     caption(fig, checkpoint)
     save(fig, folder / "confusion.png")
     text = operations.table(operations.count(net, x), flags.accumulate_pj, flags.multiply_accumulate_pj)

@@ -5,7 +5,7 @@
     python experiments/results.py                                                             # only the page
 
 Each row is a command that trains; when its share of the time is up it is told to stop, saves, and the next call goes on
-from there. Flags of train.py that make no other run, -data_root and -cache_dir say, are passed on. What a row has
+from there. Flags of train.py that make no other run, such as -data_root and -cache_dir, are passed on. What a row has
 reached is kept in docs/results/ROW.json and its picture beside it, unless more epochs are kept already; RESULTS.md is
 made from these, and from what docs/results/ROW.md says of them: a run that takes a row's place removes it. Nothing
 enters the page that was not run.
@@ -41,7 +41,7 @@ FIGURES = (
     *("seconds", "samples_per_second", *HARDWARE),
 )
 
-SMALL = "narrower or shorter than the paper: no figure of theirs compares"
+SMALL = "narrower or shorter than the paper, so not comparable with its figures"
 FIRST = "where DATA holds only its first 1000 training and 100 test recordings"
 FULL = "the paper's settings"
 # name: (script with flags of its own, flags of a run, what it is)
@@ -152,7 +152,8 @@ def keep(name, settings):
             return print(f"{name}: a run on {before['samples']} samples is kept, this had {result['samples']}")
         if result["epochs"] < before["epochs"]:
             return print(f"{name}: a run of {before['epochs']} epochs is kept, this had {result['epochs']}")
-    curve = dict(read_metrics(settings.run_dir)["test_accuracy"])
+    curves = read_metrics(settings.run_dir)
+    curve = dict(curves["test_accuracy"])
     kept = {
         "command": _command(name),
         "after": {str(epoch): curve[epoch - 1] for epoch in EPOCHS if epoch - 1 in curve},
@@ -162,7 +163,7 @@ def keep(name, settings):
     }
     KEPT.mkdir(exist_ok=True)
     _replace(name, kept)
-    summary(read_metrics(settings.run_dir), KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
+    summary(curves, KEPT / f"{name}.png", title=name, init_tau=settings.init_tau)
 
 
 def keep_ablation(runs):

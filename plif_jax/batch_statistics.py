@@ -71,6 +71,8 @@ def _backward(eps, axis_name, residuals, cotangents):
 
 def normalize_gradient(axis_name, x, scale, bias, mean, inverse, g):
     """(x_bar, scale_bar, bias_bar) of what x is normalised to, from its gradient g; see `normalize`."""
+    if 0 in x.shape:  # the means are those of nothing
+        return tuple(a * 0 for a in (x, scale, bias))
     centred, g = wide(x) - mean, wide(g)
     mean_g, mean_gx = _mean(g), _mean(g * centred) * inverse
     count = math.prod(x.shape[1:-1])

@@ -20,6 +20,7 @@ class DatasetFacts:
 
     shape: tuple[int, int, int]  # height, width, channels of one image or one frame
     classes: int
+    samples: tuple[int, int]  # of the whole set: for training, for testing
     T: int  # the paper's number of timesteps
     channels: int | None = None  # width of the convolutions; None where the network fixes it
     number_layer: int | None = None  # number of convolutions; None likewise
@@ -42,14 +43,18 @@ class DatasetFacts:
 
 
 DATASETS = {
-    "MNIST": DatasetFacts((28, 28, 1), 10, T=8),
-    "FashionMNIST": DatasetFacts((28, 28, 1), 10, T=8, names=FASHION_CLASSES),
-    "CIFAR10": DatasetFacts((32, 32, 3), 10, T=8, names=CIFAR10_CLASSES),
-    "NMNIST": DatasetFacts((34, 34, 2), 10, T=10, channels=128, number_layer=2),
-    "CIFAR10DVS": DatasetFacts((128, 128, 2), 10, T=20, channels=128, number_layer=4, names=CIFAR10_CLASSES),
-    "DVS128Gesture": DatasetFacts((128, 128, 2), 11, T=20, channels=128, number_layer=5, names=GESTURES),
+    "MNIST": DatasetFacts((28, 28, 1), 10, (60000, 10000), T=8),
+    "FashionMNIST": DatasetFacts((28, 28, 1), 10, (60000, 10000), T=8, names=FASHION_CLASSES),
+    "CIFAR10": DatasetFacts((32, 32, 3), 10, (50000, 10000), T=8, names=CIFAR10_CLASSES),
+    "NMNIST": DatasetFacts((34, 34, 2), 10, (60000, 10000), T=10, channels=128, number_layer=2),
+    "CIFAR10DVS": DatasetFacts(
+        (128, 128, 2), 10, (9000, 1000), T=20, channels=128, number_layer=4, names=CIFAR10_CLASSES
+    ),
+    "DVS128Gesture": DatasetFacts((128, 128, 2), 11, (1176, 288), T=20, channels=128, number_layer=5, names=GESTURES),
     # Not in the paper. Its authors began ASL-DVS and left the network a stub; the settings here are ours.
-    "ASLDVS": DatasetFacts((180, 240, 2), 24, T=20, channels=128, number_layer=5, names=tuple(ASL_LETTERS)),
+    "ASLDVS": DatasetFacts(
+        (180, 240, 2), 24, (80640, 20160), T=20, channels=128, number_layer=5, names=tuple(ASL_LETTERS)
+    ),
     # Not in the paper. scikit-learn's digits seen by a simulated event camera: the data set that needs no download.
-    "Digits": DatasetFacts((34, 34, 2), 10, T=10, channels=16, number_layer=2),
+    "Digits": DatasetFacts((34, 34, 2), 10, (1442, 355), T=10, channels=16, number_layer=2),
 }

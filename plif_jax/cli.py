@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from plif_jax.errors import OF_THE_PLACE, UserError
+from plif_jax.errors import PATH_ERRNOS, UserError, first_line
 from plif_jax.training.signals import Interrupted
 
 READER_GONE = 141  # the status of what SIGPIPE ends
@@ -45,13 +45,12 @@ def run(main):
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _is_read():
             _leave(READER_GONE)
-        if isinstance(error, OSError) and error.errno in OF_THE_PLACE:
+        if isinstance(error, OSError) and error.errno in PATH_ERRNOS:
             _refuse(f"{error.filename or 'a file, or standard output'}: {error.strerror}")
         of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
         if of_device or isinstance(error, MemoryError):
             whose = "a device" if of_device else "this machine"
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            _refuse(f"{whose}'s memory is full; a smaller batch, T or width takes less ({reason})")
+            _refuse(f"{whose}'s memory is full; a smaller batch, T or width takes less ({first_line(error)})")
         traceback.print_exc()
         _leave(1)
 

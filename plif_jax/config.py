@@ -19,7 +19,7 @@ from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError, nearest
 
 # Settings of which each data set has its own in the paper.
-OF_THE_DATA_SET = ("T", "channels", "number_layer")
+PER_DATASET = ("T", "channels", "number_layer")
 
 
 def _field(help, default, **bounds):
@@ -85,20 +85,17 @@ class Config:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         facts = self.facts
-        for name in OF_THE_DATA_SET:
+        for name in PER_DATASET:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(facts, name))
-        if facts.events and self.number_layer > facts.max_number_layer:
-            H, W, _ = facts.shape
-            raise UserError(
-                f"-number_layer {self.number_layer}: a {H}x{W} sensor can be halved {facts.max_number_layer} times; "
-                f"give 1 to {facts.max_number_layer}"
-            )
         if facts.events:
-            hidden = self.channels * math.prod(side >> self.number_layer for side in facts.shape[:2]) // 4
-            if hidden == 0:
+            (H, W, _), n = facts.shape, self.number_layer
+            if n > facts.max_number_layer:
+                most = facts.max_number_layer
+                raise UserError(f"-number_layer {n}: a {H}x{W} sensor can be halved {most} times; give 1 to {most}")
+            if self.channels * (H >> n) * (W >> n) < 4:  # of which the first linear layer keeps a quarter
                 raise UserError(
-                    f"-channels {self.channels} with -number_layer {self.number_layer} leaves the hidden layer empty; "
+                    f"-channels {self.channels} with -number_layer {n} leaves the hidden layer empty; "
                     "give more channels or fewer layers"
                 )
 
@@ -107,12 +104,16 @@ class Config:
         """The data set's sensor, classes and paper settings."""
         return DATASETS[self.dataset_name]
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The names of settings that this data set does not use."""
+        names = () if self.facts.events else ("channels", "number_layer", "split_by", "normalization")
+        return names if self.dataset_name == "CIFAR10DVS" else (*names, "cifar10dvs_split")
+
     def without_effect(self) -> list[str]:
         """The names of settings that differ from the usual and that this data set does not use."""
         usual = Config(dataset_name=self.dataset_name)
-        names = () if self.facts.events else ("channels", "number_layer", "split_by", "normalization")
-        names += () if self.dataset_name == "CIFAR10DVS" else ("cifar10dvs_split",)
-        return [name for name in names if getattr(self, name) != getattr(usual, name)]
+        return [name for name in self.unused if getattr(self, name) != getattr(usual, name)]
 
     @property
     def run_name(self) -> str:
@@ -190,7 +191,7 @@ def _types(field):
 
 
 def _checked(field, value):
-    """A field's value of its plain type, a whole number as the float that is asked for: runs are named by them."""
+    """A field's value as a plain Python type; an int as a float where one is asked for, since run names contain it."""
     allowed, bounds = _types(field), field.metadata
     if isinstance(value, np.bool_ | np.integer | np.floating | np.str_):
         value = value.item()
@@ -206,13 +207,13 @@ def _checked(field, value):
         return _checked(field, float(value))
     if type(value) not in allowed:
         given = reprlib.repr(value)  # short, of whatever a file nests
-        raise UserError(f"-{field.name} {given}: {field.name} is {WORDS[allowed[0]]}")
+        raise UserError(f"-{field.name} {given}: {field.name} must be {WORDS[allowed[0]]}")
     given = f"-{field.name} {value}"
     if "choices" in bounds and value not in bounds["choices"]:
         choices = list(map(str, bounds["choices"]))
         near = nearest(str(value), choices)
         hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"{given}: {field.name} is one of {', '.join(choices)}{hint}")
+        raise UserError(f"{given}: {field.name} must be one of {', '.join(choices)}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{given}: {field.name} must be finite")
     for bound, holds, words in (
@@ -258,7 +259,7 @@ def _convert(field, text):
             raise ValueError
         return kind(text)
     except ValueError:
-        raise UserError(f"-{field.name} {text or 'without a value'}: {field.name} is {WORDS[kind]}") from None
+        raise UserError(f"-{field.name} {text or 'without a value'}: {field.name} must be {WORDS[kind]}") from None
 
 
 def refuse_unknown(argv: list[str], flags):
@@ -299,7 +300,7 @@ def parse(argv: list[str], description: str = "", **defaults) -> Config:
         loaded = load(given.pop("config"))
         # For another data set than the file's, that one's paper settings and not these.
         other = given.get("dataset_name", loaded.dataset_name) != loaded.dataset_name
-        left = [name for name in OF_THE_DATA_SET if other and getattr(loaded, name) == getattr(loaded.facts, name)]
+        left = [name for name in PER_DATASET if other and getattr(loaded, name) == getattr(loaded.facts, name)]
         settings |= {k: v for k, v in dataclasses.asdict(loaded).items() if v is not None and k not in left}
     settings |= {name: _convert(fields[name], text) for name, text in given.items()}
     return Config(**settings)
@@ -339,8 +340,8 @@ def load(path: str | Path) -> Config:
     except UserError as error:
         raise UserError(f"-config {path}: {error}") from None
     except (Exception, SystemExit) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(f"-config {path}: {type(error).__name__}: {first}") from None
+        said = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise UserError(f"-config {path}: {said}") from None
     if not isinstance(getattr(module, "config", None), Config):
         raise UserError(f"-config {path}: defines no `config = Config(...)`")
     return module.config

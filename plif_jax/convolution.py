@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from plif_jax.dtypes import at_least_float32
 from plif_jax.mapped import vary_alike
 
 # Below these, Winograd's transforms cost more than the products they save.
@@ -150,7 +151,7 @@ def _by_patches(x, kernel):
 
 def _kernel_gradient_by_patches(x, g):
     """Image by image, for one product with so long a sum would leave most of the GPU idle."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     of_images = jnp.einsum("nhwo,nhwp->nop", g, _aligned(_around(x)), preferred_element_type=dtype)
     rows = of_images.sum(0)[:, : 9 * x.shape[-1]]
     return rows.T.reshape(3, 3, x.shape[-1], -1).astype(x.dtype)
@@ -177,7 +178,7 @@ def _kernel_gradient_by_image(x, g):
     """Sum over images of g^T patches."""
     N, H, W, features = g.shape
     images = _images(N, 512 // (H * W))
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
 
     def add(total, some):
         x, g = some

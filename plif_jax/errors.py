@@ -1,10 +1,10 @@
-"""The one exception that means "the user can mend this", and what was probably meant."""
+"""The one exception that means "the user can mend this", what was probably meant, and what others say in a line."""
 
 import difflib
 import errno
 
 # The operating system's refusals that are about a path, and the user's to mend: no defect of ours, no lost connection.
-OF_THE_PLACE = {
+PATH_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
     *(errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
@@ -19,6 +19,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(given: str, allowed) -> str | None:

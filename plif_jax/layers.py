@@ -16,7 +16,7 @@ from jax import lax
 
 from plif_jax.batch_statistics import normalize
 from plif_jax.convolution import conv3x3, suits_rows, suits_winograd
-from plif_jax.dtypes import wide
+from plif_jax.dtypes import is_whole, wide
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
 
@@ -109,11 +109,10 @@ def _check_channels(x, C):
 
 
 class _InPieces:
-    """A layer that to evaluate on a CPU works on equally many rows or images at a time, whatever there are.
+    """A layer that, in evaluation on a CPU, always works on the same number of rows or images at a time.
 
-    Products and convolutions sum in another order for another number of them. With always as many, zeros among them, a
-    sequence in chunks gives exactly what one call gives; elsewhere than on a CPU some would not. Streams that run side
-    by side are best one batch: under `jax.vmap` each would be filled up by itself.
+    The order of summation depends on that number. With it fixed (zeros fill up the last piece) a sequence in chunks
+    gives exactly what one call gives. Run parallel streams as one batch: under `jax.vmap` each is filled up by itself.
     """
 
     def __init__(self, *args, **kwargs):
@@ -121,7 +120,7 @@ class _InPieces:
         self.use_running_average = False  # named as in `BatchNorm`: what Flax switches for evaluation
 
     def _in_pieces(self, base, x, feature_axes, size):
-        """`base`'s result for x [T, B, features ...], in evaluation on a CPU from `size` of the T B at a time."""
+        """`base`'s result for x [T, B, features ...], in evaluation on a CPU `size` of the T B at a time."""
         if not self.use_running_average or not isinstance(math.prod(x.shape[:-feature_axes]), int):
             return base.__call__(self, x)  # exported for any B, they cannot be counted
         return _by_pieces(base, feature_axes, size, *nnx.split(self), x)
@@ -147,7 +146,7 @@ def _by_pieces(base, feature_axes, size, graphdef, state, x):
 
 
 class Linear(_InPieces, nnx.Linear):
-    """`flax.nnx.Linear` over sequences [T, B, features], which to evaluate on a CPU takes `ROWS` rows at a time."""
+    """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation on a CPU takes `ROWS` rows at a time."""
 
     ROWS = 32  # more make live inference slower, fewer read the kernel more often
 
@@ -157,7 +156,7 @@ class Linear(_InPieces, nnx.Linear):
 
 
 class Conv(_InPieces, nnx.Conv):
-    """`flax.nnx.Conv` over sequences [T, B, H, W, C], which to evaluate on a CPU goes image by image."""
+    """`flax.nnx.Conv` over sequences [T, B, H, W, C], which in evaluation on a CPU goes image by image."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -366,6 +365,6 @@ def _groups(spikes_TBN, classes):
     if spikes_TBN.ndim != 3:
         raise UserError(f"spikes of shape {spikes_TBN.shape}; give [T, B, N]")
     T, B, N = spikes_TBN.shape
-    if not isinstance(classes, int | np.integer) or classes < 1 or N % classes:
+    if not is_whole(classes) or N % classes:
         raise UserError(f"{N} outputs for {classes!r} classes; give as many for each class")
     return wide(spikes_TBN.reshape(T, B, classes, N // classes))

@@ -14,8 +14,8 @@ def mean_over_devices(tree, axis_name):
 def vary_alike(*trees):
     """The trees, all of whose arrays count as differing along every mapped axis along which one of them does.
 
-    `jax.shard_map` asks this of what a loop carries, and of what a gradient written by hand is for: JAX then adds up
-    its parts from all devices.
+    `jax.shard_map` requires this of a loop's carry, and of the arguments of a hand-written gradient: JAX then sums that
+    gradient over the devices.
     """
     axes = _varying(trees)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from plif_jax import neurons, surrogate
 from plif_jax.catalog import DATASETS
 from plif_jax.convolution import dot_general
+from plif_jax.dtypes import is_whole
 from plif_jax.errors import UserError
 from plif_jax.layers import (
     BatchNorm,
@@ -20,7 +21,7 @@ from plif_jax.layers import (
     max_pool,
     torch_default_init,
 )
-from plif_jax.spiking_net import SpikingNet, is_whole, vector
+from plif_jax.spiking_net import SpikingNet, vector
 
 
 class Pool(nnx.Module):

@@ -88,9 +88,10 @@ def gradient(step, T, params, v, x, v_bar, s_bar, affine=None):
     v_bar of membranes that are a number is None; x_bar is that of the currents, also where `affine` makes them.
     """
     forward, backward, rows = _step(step, T, params, x), _gradient(step, T, params, x), len(x)
+    stored = jnp.ndim(v) > 0  # else at rest, a number
 
     def kernel(params, v, x, s_bar, *others):
-        *v_bar, x_bar, before_bar = others if jnp.ndim(whole_v) else (*others, None)
+        *v_bar, x_bar, before_bar = others if stored else (*others, None)
         currents, bars, before = _loaded(x, rows, T), _loaded(s_bar, T, T), []
         for current in currents:
             before.append(v)
@@ -103,20 +104,19 @@ def gradient(step, T, params, v, x, v_bar, s_bar, affine=None):
             of_current = of_current + term if rows < T else term
             if t < rows:
                 x_bar[t] = of_current
-        if before_bar is not None:
+        if stored:
             before_bar[0] = bar
         # Beyond the last neuron a current is 0, where a derivative may be infinite.
         return [jnp.where(s_bar.inside, total, 0).sum() for total in totals]
 
-    whole_v = v
     arrays = [x, s_bar] + ([] if v_bar is None else [v_bar])
-    results = [(rows, x.dtype)] + [(1, jnp.float32)] * (jnp.ndim(v) > 0)
+    results = [(rows, x.dtype)] + [(1, jnp.float32)] * stored
     # A block has read all of its gradients before it writes the first: x_bar takes the place of s_bar.
     places = {1: 0} if rows == T else {}
-    sums = len(jax.tree.leaves(params))
-    (x_bar, *v_bar), sums = _call(kernel, T, params, v, affine, arrays, results, sums, places)
-    params_bar = jax.tree.unflatten(jax.tree.structure(params), sums)
-    return params_bar, v_bar[0].reshape(x.shape[1:]) if v_bar else None, x_bar.reshape(x.shape)
+    leaves, structure = jax.tree.flatten(params)
+    (x_bar, *v_bar), totals = _call(kernel, T, params, v, affine, arrays, results, len(leaves), places)
+    params_bar = jax.tree.unflatten(structure, totals)
+    return params_bar, v_bar[0].reshape(x.shape[1:]) if stored else None, x_bar.reshape(x.shape)
 
 
 def _loaded(array, rows, T):

@@ -19,10 +19,10 @@ from flax import nnx
 from jax import lax
 
 from plif_jax import surrogate as surrogates
-from plif_jax.dtypes import is_floating, is_real, wide
+from plif_jax.dtypes import at_least_float32, is_floating, is_real, is_whole, wide
 from plif_jax.errors import UserError
 from plif_jax.mapped import vary_alike
-from plif_jax.sequence import at_rest, kernels, run
+from plif_jax.sequence import at_rest, gpu_kernels, run
 
 _POTENTIALS = int | float | np.generic | np.ndarray | jax.Array | nnx.Variable
 
@@ -38,8 +38,8 @@ class Neuron(nnx.Module):
       surrogate: the spike function; ATan(alpha=2), the paper's, where not given.
 
     Raises:
-      UserError: surrogate is no function, or a class in place of one that is made; a potential is no number,
-        detach_reset neither True nor False.
+      UserError: surrogate is not callable, or a class instead of an instance; a potential is not a real number;
+        detach_reset is not True or False.
     """
 
     def __init__(
@@ -49,20 +49,26 @@ class Neuron(nnx.Module):
         detach_reset: bool = True,
         surrogate: surrogates.Surrogate | None = None,
     ):
-        self.v_threshold = surrogates.traced_is_data(v_threshold)
-        self.v_reset = surrogates.traced_is_data(v_reset)
+        self.v_threshold = surrogates.as_setting(v_threshold)
+        self.v_reset = surrogates.as_setting(v_reset)
         for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
-            if not isinstance(value, _POTENTIALS) and not (value is None and name == "v_reset"):
+            if value is None and name == "v_reset":
+                continue
+            if not isinstance(value, _POTENTIALS):
                 kind = type(value).__name__
                 raise UserError(f"{name} is of type {kind}; give a number, an array, or an nnx.Param to be learned")
-            if value is not None and not is_real(getattr(value, "dtype", float)):
+            if not is_real(getattr(value, "dtype", float)):
                 raise UserError(f"{name} is {value!r}; a potential is a real number, or an array of them")
         surrogates.check_switch("detach_reset", detach_reset)
         self.detach_reset = detach_reset
         self.surrogate = surrogates.ATan() if surrogate is None else surrogate
         if isinstance(surrogate, type) or not callable(self.surrogate):
             name = surrogate.__name__ if isinstance(surrogate, type) else repr(surrogate)
-            raise UserError(f"surrogate is {name}; give one that is made, surrogate.ATan() say")
+            raise UserError(f"surrogate is {name}; give an instance, such as surrogate.ATan()")
+        held = () if isinstance(surrogate, nnx.Module) else getattr(surrogate, "__dict__", {}).values()
+        if any(isinstance(value, nnx.Variable | jax.Array) for value in held):  # out of reach of gradients and states
+            kind = type(surrogate).__name__
+            raise UserError(f"surrogate is a {kind}, which holds arrays but is no nnx.Module; derive it from Surrogate")
 
     def charge(self, v, x):
         """Membrane h[t] before firing, from v[t-1] and the input current x[t], elementwise.
@@ -87,7 +93,7 @@ class Neuron(nnx.Module):
 
         A neuron of several states stacks them in this one array, and a `step` of its own takes them apart.
         """
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = at_least_float32(x.dtype)
         axes = jax.typeof(x).sharding.spec[1:]  # explicit ones, of which a scan asks that its carry has them too
         explicit = any(axes) and not jax.sharding.get_abstract_mesh().empty
         return jnp.full(x.shape[1:], at_rest(self.v_reset), dtype, out_sharding=jax.P(*axes) if explicit else None)
@@ -105,18 +111,20 @@ class Neuron(nnx.Module):
         """
         return run(*self._prepared(v, x, T), None)
 
-    def _prepared(self, v, x, T=None):
+    def _prepared(self, v, x, T):
         """What `sequence` takes, from what `unroll` is given; raises what that raises."""
         x = _currents(x)
-        for name in ("v_threshold", "v_reset") if type(self).rest is Neuron.rest else ():
+        own = type(self).rest is not Neuron.rest
+        for name in () if own else ("v_threshold", "v_reset"):
             shape = np.shape(getattr(self, name))
             if shape and not _spreads(shape, x.shape[1:]):
                 raise UserError(f"{name} of shape {shape} does not fit currents of shape [T, ...] = {x.shape}")
-        if T is not None and (not isinstance(T, int | np.integer) or T < 0):
+        if T is not None and not is_whole(T, 0):
             raise UserError(f"T is {T!r}; the number of timesteps is a whole number, and known before compilation")
         if T is not None and len(x) not in (1, T):
             raise UserError(f"currents of shape {x.shape} for T = {T}; give [T, ...], or [1, ...] for one that stays")
-        rest = self.rest(x)
+        # Of the usual one the shape and the type will do, which cost nothing.
+        rest = self.rest(x) if own else jax.ShapeDtypeStruct(x.shape[1:], at_least_float32(x.dtype))
         if not hasattr(rest, "shape"):
             raise UserError(
                 f"rest of {type(self).__name__} gives a {type(rest).__name__}; stack its states in one array"
@@ -127,15 +135,17 @@ class Neuron(nnx.Module):
             if not is_real(v.dtype if hasattr(v, "dtype") else np.asarray(v).dtype):
                 raise UserError("the membrane v is not of real numbers; give what an earlier call returned")
             v = jnp.asarray(v, rest.dtype)
-        elif type(self).rest is not Neuron.rest or not isinstance(self.v_reset, int | float | None):
+        elif own:
             v = rest
+        elif not isinstance(self.v_reset, int | float | None):
+            v = self.rest(x)
         graphdef, params, other = nnx.split(self, _floats, ...)
         try:
             hash(graphdef)
         except TypeError as error:  # it is compiled for its settings
             kind = type(self).__name__
             raise UserError(f"{kind} holds a setting of {error}; give a tuple, an nnx.List or an nnx.Dict") from None
-        return graphdef, kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x)
+        return graphdef, gpu_kernels(), len(x) if T is None else T, *vary_alike(params, other, v, x)
 
     def unroll_by_autodiff(self, v, x):
         """The definition that `unroll` must equal: `lax.scan` over `step`, differentiated by JAX."""
@@ -184,7 +194,7 @@ class IF(Neuron):
 @jax.custom_vjp
 def _sigmoid(w):
     """sigmoid(w), rounded where PyTorch rounds: w is float32 even under float64, so the last bit of k counts."""
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = at_least_float32(w.dtype)
     return (1 / (1 + jnp.exp(-w.astype(float)).astype(dtype))).astype(w.dtype)
 
 

@@ -13,16 +13,16 @@ from plif_jax.neurons import Neuron
 from plif_jax.sequence import fits, instantiated, run, sequence, sequence_gradient
 
 
-def unroll(norm, neuron, v, x, *, T=None):
-    """`neuron.unroll(v, norm(x), T=T)`."""
+def unroll(norm, neuron, v, x, **timesteps):
+    """`neuron.unroll(v, norm(x), **timesteps)`, where these are nothing or T."""
     ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
     # A `rest` of one's own may read the currents, which are never written here.
     known = v is not None or type(neuron).rest is Neuron.rest
     if not (ours and known) or norm.dtype not in (None, x.dtype):
-        return neuron.unroll(v, norm(x), T=T)
-    graphdef, kernels, T, *primals = neuron._prepared(v, x, T)
+        return neuron.unroll(v, norm(x), **timesteps)
+    graphdef, kernels, T, *primals = neuron._prepared(v, x, timesteps.get("T"))
     if not fits(graphdef, kernels, T, *primals):
-        return neuron.unroll(v, norm(x), T=T)
+        return neuron.unroll(v, norm(x), **timesteps)
     scale, bias, mean, var = (
         variable[...].reshape((1,) * (x.ndim - 1) + (-1,)) for variable in (norm.scale, norm.bias, norm.mean, norm.var)
     )

@@ -22,7 +22,8 @@ MAX_UNROLL = 32
 # Where no gradient needs the membranes, XLA's plan of an unrolled sequence for a CPU keeps none: each timestep runs all
 # those before it again, T^2 / 2 in all.
 MAX_UNROLL_FORWARD = 10
-# XLA for a CPU writes what as many timesteps give into one array as they run, of more each into its own, to be copied.
+# XLA for a CPU writes the results of up to this many timesteps straight into the stacked array, of more each into an
+# array of its own, which is then copied.
 MAX_STACK = 8
 
 
@@ -32,7 +33,7 @@ def _scan(step, carry, xs, T, forward_only=False, **kwargs):
         return lax.scan(step, carry, xs, T, **kwargs)
     if T <= MAX_STACK:
         return lax.scan(step, carry, xs, T, unroll=max(T, 1), **kwargs)
-    # Unrolled too, in groups: stacks of stacks. Where these are more than MAX_STACK, of a prime T say, nothing is won.
+    # Unrolled too, in groups: stacks of stacks. Where these are more than MAX_STACK, say of a prime T, nothing is won.
     size = next(n for n in range(MAX_STACK, 0, -1) if T % n == 0)
     groups = jax.tree.map(lambda x: x.reshape(T // size, size, *x.shape[1:]), xs)
     carry, ys = lax.scan(
@@ -59,7 +60,7 @@ def scanned():
         _scanning.reset(token)
 
 
-def kernels():
+def gpu_kernels():
     """The module of a GPU's kernels; None without a GPU that Triton knows, or once JAX has dropped Pallas' Triton."""
     if _scanning.get() or jax.default_backend() != "gpu":
         return None
@@ -212,5 +213,5 @@ def _kernel_once(kernel, scan):
     return compute
 
 
-# Compiled: called outside jit, one timestep at a time say, it is traced once and not at every call.
+# Compiled: called outside jit, for instance one timestep at a time, it is traced once and not at every call.
 run = jax.jit(partial(_sequence, True), static_argnums=(0, 1, 2))

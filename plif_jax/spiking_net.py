@@ -11,11 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from plif_jax import neurons, normalized
-from plif_jax.dtypes import is_floating
+from plif_jax.dtypes import is_floating, is_whole
 from plif_jax.errors import UserError
 from plif_jax.layers import BatchNorm, Dropout, dropout_key, firing_rates, vote
 from plif_jax.surrogate import check_switch
@@ -25,14 +24,15 @@ class SpikingNet(nnx.Module):
     """A spiking network made from a table of layers; the paper's networks are its subclasses.
 
     Args:
-      table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders.
+      table: {"static_conv": [...], "conv": [...], "fc": [...]} of builders: functions of (net, shape, rngs) that
+        return a layer and the shape that leaves it.
       shape: (H, W, C) of an image or a frame.
       classes: number of classes; the last layer has a group of outputs for each, of neurons usually.
       T: timesteps for which a static image is shown. Frames bring their own number; there T says what
         `interop.export` and `interop.nir` write.
       init_tau: tau of LIF neurons, initial tau of PLIF neurons, in timesteps, above 1.
       use_plif, use_max_pool, alpha_learnable, detach_reset: the paper program's flags.
-      dtype: of convolutions and linear layers, bfloat16 say; membranes and parameters stay float32 or better.
+      dtype: of convolutions and linear layers, such as bfloat16; membranes and parameters stay float32 or better.
       rngs: source of the initial weights.
 
     Raises:
@@ -61,25 +61,21 @@ class SpikingNet(nnx.Module):
         if not is_whole(T):
             raise UserError(f"T is {T}; a network runs for a whole number of timesteps, 1 or more")
         if not isinstance(rngs, nnx.Rngs):
-            raise UserError(
-                f"rngs is of type {type(rngs).__name__}; initial weights are drawn from nnx.Rngs(2020), say"
-            )
+            raise UserError(f"rngs is of type {type(rngs).__name__}; give nnx.Rngs(2020), to draw initial weights from")
         if not {"params", "default"} & set(rngs):
             raise UserError(f"rngs has the streams {', '.join(rngs)}; give nnx.Rngs(0), or nnx.Rngs(params=0)")
         if dtype is not None and not is_floating(dtype):
             raise UserError(
-                f"dtype is {dtype!r}; give a floating-point type, jnp.bfloat16 say, or None for the input's"
+                f"dtype is {dtype!r}; give a floating-point type, such as jnp.bfloat16, or None for the input's"
             )
-        switches = dict(use_plif=use_plif, use_max_pool=use_max_pool, alpha_learnable=alpha_learnable)
-        for name, value in switches.items():
-            check_switch(name, value)
-        if set(table) != set(self.PARTS):
-            raise UserError(
-                f"a table of {', '.join(table)}; its parts are {', '.join(self.PARTS)}, each a list of layers"
-            )
+        whole = isinstance(table, Mapping) and set(table) == set(self.PARTS)
+        if not whole or not all(isinstance(part, list | tuple) for part in table.values()):
+            raise UserError(f"the table is no dict of {', '.join(self.PARTS)}; give these, each a list of builders")
         self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
         self.use_plif, self.use_max_pool = use_plif, use_max_pool
         self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset
+        for name in ("use_plif", "use_max_pool", "alpha_learnable", "detach_reset"):
+            check_switch(name, getattr(self, name))
         for part in self.PARTS:
             layers = []
             for i, build in enumerate(table[part]):
@@ -104,11 +100,11 @@ class SpikingNet(nnx.Module):
         """Runs the network on x from `state`, layer by layer, each over all timesteps.
 
         A sequence in chunks, the state carried over, gives what one call gives, but for a layer of one's own that
-        looks at several timesteps at once, attention over time say: it would see those of its chunk.
+        looks at several timesteps at once, such as attention over time: it would see those of its chunk.
 
         Args:
           state: tuple of membranes as an earlier call returned it; None: at rest. `unroll(None, x[:0])` returns the one
-            at rest, for the carry of a `lax.scan` say.
+            at rest, for the carry of a `lax.scan`.
           x: images [B, H, W, C], shown for T timesteps, or frames [T, B, H, W, C].
           rngs: for dropout in training mode: a key, keys [B], nnx.Rngs or one of its streams.
           observe: called as observe(name, layer, input, output) after each layer, for those who look inside.
@@ -137,14 +133,16 @@ class SpikingNet(nnx.Module):
     def _run(self, state, x, rngs, observe):
         """The membranes after the last timestep and the output neurons' spikes [T, B, N]."""
         x, still = self._as_frames(jnp.asarray(x))
-        if state is not None and (isinstance(state, Mapping) or not hasattr(state, "__len__")):
+        count = len(self.named_neurons())
+        if state is None:
+            state = [None] * count
+        if isinstance(state, Mapping) or not hasattr(state, "__len__"):
             raise UserError(
                 f"state is a {type(state).__name__}; give the tuple of membranes that a call returned, or None"
             )
-        if state is not None and len(state) != len(self.named_neurons()):
-            raise UserError(f"a state of {len(state)} membranes; this network has {len(self.named_neurons())}")
-        before = None if state is None else iter(state)
-        after, norm = [], None
+        if len(state) != count:
+            raise UserError(f"a state of {len(state)} membranes; this network has {count}")
+        before, after, norm = iter(state), [], None
         layers = list(self.named_layers().items())
         # Before any layer: a call that fails for want of a key should not have moved the running statistics.
         drops = {name for name, layer in layers if _drops(name, layer)}
@@ -159,7 +157,7 @@ class SpikingNet(nnx.Module):
                 norm = layer  # the neuron's: see `normalized`
             elif isinstance(layer, neurons.Neuron):
                 unroll = layer.unroll if norm is None else partial(normalized.unroll, norm, layer)
-                v, x = unroll(None if before is None else next(before), x, T=self.T if shown else None)
+                v, x = unroll(next(before), x, **({"T": self.T} if shown else {}))
                 after.append(v)
                 norm = None
             elif name in drops:
@@ -239,14 +237,9 @@ def _drops(name, layer):
 
 
 def check_net(net):
-    """Raise UserError unless it is a `SpikingNet`, whose layers have names and an order."""
+    """Raises UserError unless it is a `SpikingNet`, whose layers have names and an order."""
     if not isinstance(net, SpikingNet):
         raise UserError(f"a {type(net).__name__} is no SpikingNet; give one, the paper's or of a table of your layers")
-
-
-def is_whole(n):
-    """Whether n is a whole number from 1."""
-    return isinstance(n, int | np.integer) and n >= 1
 
 
 def _fold_in(key, index):

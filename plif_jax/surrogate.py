@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.scipy.special import erfc
 
-from plif_jax.dtypes import is_floating, is_real
+from plif_jax.dtypes import is_floating, is_real, is_whole
 from plif_jax.errors import UserError
 
 
@@ -51,19 +51,23 @@ def _backward(graphdef, residuals, g):
 _spike.defvjp(_forward, _backward)
 
 
-def traced_is_data(setting):
-    """A setting to assign to a module; Flax would take one that JAX traces for static, and lose its gradient."""
+def as_setting(setting):
+    """A setting as a module can hold it."""
+    # NumPy's 0.7 equals Python's, so what is compiled for one runs for the other too; but it brings a type along.
+    if isinstance(setting, np.generic):
+        return setting.item()
+    # Flax would take what JAX traces for static, and lose its gradient.
     return nnx.data(setting) if isinstance(setting, jax.core.Tracer) else setting
 
 
 def check_param_dtype(param_dtype):
     """Raises a UserError unless parameters of this type can have gradients."""
     if not is_floating(param_dtype):
-        raise UserError(f"param_dtype is {param_dtype!r}; what is learned is of a floating-point type, float say")
+        raise UserError(f"param_dtype is {param_dtype!r}; give a floating-point type, such as float")
 
 
 def check_switch(name, value):
-    """Raises a UserError unless a setting is True or False: a word, "no" say, would count as true."""
+    """Raises a UserError unless a setting is True or False: a word such as "no" would count as true."""
     if not isinstance(value, bool | np.bool_):
         raise UserError(f"{name} is {value!r}; give True or False")
 
@@ -78,7 +82,7 @@ def _setting(name, value):
     number = value.get_value() if isinstance(value, nnx.Variable) else value
     if not isinstance(number, jax.core.Tracer) and not _finite(number):
         raise UserError(f"{name} is {value!r}; give a finite number")
-    return traced_is_data(value)
+    return as_setting(value)
 
 
 class Surrogate(nnx.Module):
@@ -92,8 +96,8 @@ class Surrogate(nnx.Module):
       param_dtype: of alpha where it is a parameter.
 
     Raises:
-      UserError: alpha is not one finite number, another setting of a subclass none that it allows, learnable neither
-        True nor False, param_dtype no floating-point type.
+      UserError: alpha is not one finite number, another setting of a subclass is not allowed, learnable is not True or
+        False, or param_dtype is not a floating-point type.
     """
 
     def __init__(self, alpha: float, learnable: bool = False, param_dtype=float):
@@ -104,7 +108,7 @@ class Surrogate(nnx.Module):
             raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")
         if not isinstance(value, jax.core.Tracer) and not _finite(value):
             raise UserError(f"alpha is {alpha!r}; a surrogate's steepness is a finite number")
-        self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else traced_is_data(alpha)
+        self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else as_setting(alpha)
 
     def primitive(self, x):
         """The smooth function g whose derivative stands in for the spike's."""
@@ -160,7 +164,7 @@ class Sigmoid(Surrogate):
 
 
 class PiecewiseQuadratic(Surrogate):
-    """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha (Esser et al., 2016)."""
+    """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha, not 0 (Esser et al., 2016)."""
 
     def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -243,7 +247,7 @@ class NonzeroSignLogAbs(Surrogate):
 
 
 class QPseudoSpike(Surrogate):
-    """g' = (1 + 2 |x| / (alpha - 1))^-alpha, heavier tails than an exponential (Herranz-Celotti and Rouat, 2022)."""
+    """g' = (1 + 2 |x| / (alpha - 1))^-alpha, heavy tails; alpha is not 1 (Herranz-Celotti and Rouat, 2022)."""
 
     def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -257,7 +261,7 @@ class QPseudoSpike(Surrogate):
 
 
 class Rect(Surrogate):
-    """g = clip(alpha x + 1/2, 0, 1), g' = alpha where |x| < 1 / (2 alpha), else 0."""
+    """g = clip(alpha x + 1/2, 0, 1), g' = alpha where |x| < 1 / (2 alpha), else 0; alpha is not 0."""
 
     def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -315,7 +319,7 @@ class LeakyKReLU(Surrogate):
 
 
 class PiecewiseLeakyReLU(Surrogate):
-    """g' = 1 / (2 alpha) where |x| < alpha, else c; SpikingJelly calls alpha w, the half width."""
+    """g' = 1 / (2 alpha) where |x| < alpha, else c; SpikingJelly calls alpha w, the half width; it is not 0."""
 
     def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -332,12 +336,12 @@ class PiecewiseLeakyReLU(Surrogate):
 class SquarewaveFourierSeries(Surrogate):
     """g = 1/2 + 2/pi sum_k sin(k w x) / k, w = 2 pi / alpha, over k = 1, 3, .. 2n - 3: a square wave's first harmonics.
 
-    g' = 4/alpha sum_k cos(k w x); SpikingJelly calls alpha, the period, T_period.
+    g' = 4/alpha sum_k cos(k w x); SpikingJelly calls alpha, the period, T_period; it is not 0.
     """
 
     def __init__(self, n: int = 2, alpha: float = 8.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
-        if not isinstance(n, int | np.integer) or n < 2:
+        if not is_whole(n, 2):
             raise UserError(f"n is {n!r}; a whole number from 2, with which there is one harmonic")
         self.harmonics = range(1, 2 * n - 2, 2)
 

@@ -3,8 +3,8 @@
 Warnings of our own code are errors, and so is rank promotion.
 """
 
-import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -138,7 +138,7 @@ def kernels(monkeypatch):
     whether = neuron_kernel.fits
     monkeypatch.setattr(neuron_kernel, "fits", fits)
     monkeypatch.setattr(neuron_kernel.pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(neurons, "kernels", lambda: None if sequence._scanning.get() else neuron_kernel)
+    monkeypatch.setattr(neurons, "gpu_kernels", lambda: None if sequence._scanning.get() else neuron_kernel)
     monkeypatch.setattr(
         sequence.lax, "platform_dependent", lambda *args, **ways: ways.get("cuda", ways["default"])(*args)
     )

@@ -45,12 +45,12 @@ def test_the_plan_is_the_papers_five_settings(flags):
 
 
 def test_what_sets_the_runs_apart_from_the_published_is_said(flags):
-    assert ablation.minds(ablation.plan(["MNIST"], [1], [])) == []
+    assert ablation.notes(ablation.plan(["MNIST"], [1], [])) == []
     runs = ablation.plan(["MNIST", "NMNIST"], [1], [*flags, "-train_samples", "100", "-val_ratio", "0.15"])
-    mind = ["train_samples is 100, theirs None", "max_epoch is 3, theirs 1024"]
-    assert ablation.minds(runs) == [
-        *(f"mind: MNIST: {difference}" for difference in mind),
-        *(f"mind: NMNIST: {difference}" for difference in ["T is 10, theirs 20", *mind]),
+    differing = ["train_samples is 100, theirs None", "max_epoch is 3, theirs 1024"]
+    assert ablation.notes(runs) == [
+        *(f"note: MNIST: {difference}" for difference in differing),
+        *(f"note: NMNIST: {difference}" for difference in ["T is 10, theirs 20", *differing]),
     ]
 
 
@@ -64,7 +64,7 @@ def test_a_part_of_the_data_is_told_as_what_sets_runs_apart(flags):
     runs = ablation.plan(["MNIST"], [1, 2], flags)
     for run in runs["MNIST", "LIF, tau = 2"]:
         finish(run, samples={"train": 850, "val": 150, "test": 10000})
-    assert "mind: MNIST: of 60000 samples for training ours had 1000" in ablation.minds(runs)
+    assert "note: MNIST: of 60000 samples for training ours had 1000" in ablation.notes(runs)
 
 
 def test_only_runs_with_these_settings_and_epochs_are_done(flags):
@@ -92,7 +92,7 @@ def test_what_is_missing_is_trained_and_the_table_shows_it(flags, monkeypatch, c
     printed = capsys.readouterr().out
     assert "| MNIST | PLIF, tau0 = 2 | 99.72 | 91.50 ± 0.71 | 81.50 ± 0.71 | 2 | 3 |" in printed
     assert "| MNIST | LIF, tau = 16 | 99.49 | 90.00 ± 0.00 | 80.00 ± 0.00 | 2 | 3 |" in printed
-    assert "\n\nmind: MNIST: max_epoch is 3, theirs 1024\n" in printed
+    assert "\n\nnote: MNIST: max_epoch is 3, theirs 1024\n" in printed
     assert (tmp_path / "logs" / "ablation.md").read_text() in printed
     assert (tmp_path / "logs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 

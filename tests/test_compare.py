@@ -121,10 +121,10 @@ def test_compare_prints_and_draws(run, published, capsys):
         "after    10       0.050   -0.450      +0.500       1.951    2.568",
     ]
     assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "mind:" not in printed
+    assert "note:" not in printed
     (run / "result.json").write_text(json.dumps({"samples": {"train": 850, "val": 150, "test": 10000}}))
     compare.main([str(run), "-reference", str(published)])
-    assert "mind:  of 50000 samples for training ours had 1000\n\n" in capsys.readouterr().out
+    assert "note:  of 50000 samples for training ours had 1000\n\n" in capsys.readouterr().out
 
 
 def test_layers_of_a_deeper_network_are_not_taken_for_one_another(run, published, capsys):
@@ -132,7 +132,7 @@ def test_layers_of_a_deeper_network_are_not_taken_for_one_another(run, published
         file.write(json.dumps({"tag": "w1", "step": 10, "value": 0.0, "time": 0.0}) + "\n")
     compare.main([str(run), "-reference", str(published)])
     printed = capsys.readouterr().out
-    assert "mind:  2 layers have a w, theirs 1: they are not" in printed and "w of layer" not in printed
+    assert "note:  2 layers have a w, theirs 1: they are not" in printed and "w of layer" not in printed
     assert "after    10      60.00%" in printed
 
 

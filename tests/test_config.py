@@ -56,7 +56,7 @@ def test_paths_and_numpys_numbers_are_taken_as_what_they_say():
     config = Config(dataset_name="MNIST", **given)
     assert config == Config(dataset_name="MNIST", init_tau=2.0, seed=3, use_plif=True, data_root="data")
     assert Config.from_json(config.to_json()) == config
-    with pytest.raises(UserError, match="seed is a whole number"):
+    with pytest.raises(UserError, match="seed must be a whole number"):
         Config(dataset_name="MNIST", seed=np.datetime64(5, "ns"))
 
 
@@ -107,7 +107,7 @@ def test_a_value_in_a_file_is_refused_with_the_file_s_name(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from plif_jax.config import Config\nconfig = Config(dataset_name='MNIST', T='10')\n"
     )
-    with pytest.raises(UserError, match=r"-config .*mine\.py: -T '10': T is a whole number"):
+    with pytest.raises(UserError, match=r"-config .*mine\.py: -T '10': T must be a whole number"):
         load(tmp_path / "mine.py")
 
 
@@ -143,10 +143,10 @@ def test_settings_survive_json():
         (b'{"dataset_name": "MNIST", "learning_rate": 1' + b"0" * 400 + b"}", "learning_rate must be below 2**63"),
         ('{"seed": 1' + "0" * 5000 + "}", "4300 digits"),
         ("[" * 100_000, "recursion"),
-        ('{"dataset_name": "MNIST", "T": ' + "[" * 200 + "]" * 200 + "}", "]]]: T is a whole number"),
-        ('{"dataset_name": "MNIST", "init_tau": null}', "-init_tau None: init_tau is a number"),
-        ('{"dataset_name": "MNIST", "use_plif": 1}', "-use_plif 1: use_plif is true or false"),
-        ('{"dataset_name": "MNIST", "device": 0}', "-device 0: device is a text"),
+        ('{"dataset_name": "MNIST", "T": ' + "[" * 200 + "]" * 200 + "}", "]]]: T must be a whole number"),
+        ('{"dataset_name": "MNIST", "init_tau": null}', "-init_tau None: init_tau must be a number"),
+        ('{"dataset_name": "MNIST", "use_plif": 1}', "-use_plif 1: use_plif must be true or false"),
+        ('{"dataset_name": "MNIST", "device": 0}', "-device 0: device must be a text"),
         ('{"a\\nb": 1}', r"no field 'a\nb'"),
         ("[1]", "not a run's settings but a list"),
     ],
@@ -166,9 +166,9 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-lr 1e-3", "unknown argument -lr; did you mean -learning_rate?"),
         ("-tau 4", "unknown argument -tau; did you mean -init_tau?"),
         ("-max 3", "unknown argument -max; did you mean -max_epoch?"),
-        ("-T 1_0", "-T 1_0: T is a whole number"),
-        ("-init_tau 1_6.0", "-init_tau 1_6.0: init_tau is a number"),
-        ("-T=", "-T without a value: T is a whole number"),
+        ("-T 1_0", "-T 1_0: T must be a whole number"),
+        ("-init_tau 1_6.0", "-init_tau 1_6.0: init_tau must be a number"),
+        ("-T=", "-T without a value: T must be a whole number"),
         ("-dataset_name NMNIST -init 16", "unknown argument -init; did you mean -init_tau?"),
         ("-dataset_name NMNIST --max=5", "unknown argument --max=5; "),
         ("-dataset_name NMNIST -T_mx 5", "unknown argument -T_mx; did you mean -T_max?"),
@@ -179,22 +179,22 @@ def test_settings_that_are_not_a_runs_are_answered_in_one_line(text, said):
         ("-dataset_name mnist", "did you mean MNIST?"),
         ("-dataset_name NMNIST -init_tau nan", "-init_tau nan: init_tau must be finite"),
         ("-dataset_name NMNIST -init_tau inf", "-init_tau inf: init_tau must be finite"),
-        ("-dataset_name NMNIST -init_tau two", "init_tau is a number"),
+        ("-dataset_name NMNIST -init_tau two", "init_tau must be a number"),
         ("-dataset_name NMNIST -T 0", "-T 0: T must be at least 1"),
         ("-dataset_name NMNIST -init_tau 1e31", "init_tau must be below 1e+30"),
         (f"-dataset_name NMNIST -T {2**31}", "T must be below 2147483648"),
-        ("-dataset_name NMNIST -T 2.5", "T is a whole number"),
+        ("-dataset_name NMNIST -T 2.5", "T must be a whole number"),
         ("-dataset_name NMNIST -channels 0", "channels must be at least 1"),
         ("-dataset_name NMNIST -number_layer 6", "can be halved 5 times; give 1 to 5"),
         ("-dataset_name NMNIST -channels 1 -number_layer 5", "give more channels or fewer layers"),
-        ("-dataset_name NMNIST -split_by frame", "split_by is one of number, time"),
+        ("-dataset_name NMNIST -split_by frame", "split_by must be one of number, time"),
         ("-dataset_name NMNIST -normalization L2", "one of frequency, max, norm, sum, None"),
         ("-dataset_name NMNIST -use_plif maybe", "give nothing, true or false"),
         ("-dataset_name NMNIST -val_ratio 1.5", "below 1"),
         ("-dataset_name NMNIST -seed -1", "at least 0"),
         (f"-dataset_name NMNIST -seed {'9' * 400}", "seed must be below 2**63, not a number of 1329 bits"),
-        (f"-dataset_name NMNIST -T {'9' * 5000}", "T is a whole number"),
-        ("-dataset_name NMNIST -init_tau None", "-init_tau None: init_tau is a number"),
+        (f"-dataset_name NMNIST -T {'9' * 5000}", "T must be a whole number"),
+        ("-dataset_name NMNIST -init_tau None", "-init_tau None: init_tau must be a number"),
         ("-dataset_name NMNIST -T", "expected one argument"),
         ("", "-dataset_name is not given; it is one of MNIST"),
         ("-dataset_name NMNIST -T_max 10000000000", "T_max must be below 2147483648"),
@@ -237,7 +237,7 @@ def test_a_broken_config_file_is_named(tmp_path, text, said):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("import sys\nsys.exit()", "SystemExit: "), ("raise ValueError('a\\nb')", "ValueError: a")]
+    ("text", "said"), [("import sys\nsys.exit()", "c.py: SystemExit"), ("raise ValueError('a\\nb')", "ValueError: a")]
 )
 def test_a_configuration_that_does_not_run_is_told_in_a_line(tmp_path, text, said):
     (tmp_path / "c.py").write_text(text)

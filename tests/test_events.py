@@ -377,4 +377,3 @@ def test_digits_are_an_event_data_set_like_any_other():
     for split in (dataset.train, dataset.test):
         assert split.found == split.expected == len(split.x)
         assert (np.bincount(split.y) > 30).all()
-    assert recordings.EXPECTED["Digits"] == (1442, 355)

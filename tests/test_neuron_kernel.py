@@ -231,14 +231,14 @@ def test_every_surrogate_fits_but_one(kind, learnable):
 
 
 def test_kernels_are_for_gpus_that_triton_knows(gpu):
-    assert sequence.kernels() is neuron_kernel
+    assert sequence.gpu_kernels() is neuron_kernel
     with sequence.scanned():
-        assert sequence.kernels() is None
+        assert sequence.gpu_kernels() is None
     for unknown in ("7.5", "gfx90a"):
         gpu.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability=unknown)])  # noqa: B023
-        assert sequence.kernels() is None
+        assert sequence.gpu_kernels() is None
     gpu.undo()
-    assert jax.default_backend() != "cpu" or sequence.kernels() is None
+    assert jax.default_backend() != "cpu" or sequence.gpu_kernels() is None
 
 
 def test_what_is_exported_holds_no_kernel(gpu):
@@ -284,4 +284,4 @@ def test_kernels_lower_under_shard_map_with_its_checks(gpu):
 def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
     monkeypatch.delattr("plif_jax.neuron_kernel")
-    assert sequence.kernels() is None
+    assert sequence.gpu_kernels() is None

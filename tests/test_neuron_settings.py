@@ -24,7 +24,7 @@ def test_tau_of_one_or_less_is_refused(tau):
 
 @pytest.mark.parametrize(("given", "said"), [(surrogate.ATan, "ATan"), ("atan", "'atan'")])
 def test_a_surrogate_is_made_before_it_is_given(given, said):
-    with pytest.raises(UserError, match=rf"surrogate is {said}; give one that is made"):
+    with pytest.raises(UserError, match=rf"surrogate is {said}; give an instance"):
         neurons.PLIF(surrogate=given)
 
 
@@ -103,7 +103,7 @@ def test_potentials_may_be_spread_over_neurons(shape):
 
 def test_what_is_learned_is_of_a_floating_point_type():
     for make, dtype in itertools.product((neurons.PLIF, surrogate.ATan), (int, jnp.float8_e4m3fn)):
-        with pytest.raises(UserError, match=r"param_dtype is .*(int|float8).*; what is learned is of a floating-point"):
+        with pytest.raises(UserError, match=r"param_dtype is .*(int|float8).*; give a floating-point type"):
             make(param_dtype=dtype)
 
 

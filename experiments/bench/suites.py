@@ -87,6 +87,11 @@ class Bench:
         self.say(line)
 
 
+def _others(found):
+    """Who stands beside ours, where ours was measured."""
+    return [name for name in found if name != "ours"] if "ours" in found else []
+
+
 def neuron(bench, *, Ts, N):
     """PLIF forward and backward over [T, N], against SpikingJelly and against a copy of the bytes it must move."""
     for T in Ts:
@@ -95,7 +100,7 @@ def neuron(bench, *, Ts, N):
         peers = {"ours": bench.ours(spec), "copy": bench.ours(spec | {"kind": "copy"}), **bench.spikingjelly(spec)}
         seconds, facts = bench.measure(case, peers)
         seconds = {name: [t / bench.calls for t in times] for name, times in seconds.items()}
-        for name in [name for name in seconds if name != "ours"] if "ours" in seconds else ():
+        for name in _others(seconds):
             if name == "copy":
                 target = Target(1.25 if bench.gpu else 2.5, at_most=True)
                 bandwidth = facts["copy"]["bytes"] / statistics.median(seconds["copy"])
@@ -160,7 +165,7 @@ def _measured(bench, case, ours, theirs, alone):
 def _tell_rates(bench, case, seconds, facts, targets):
     """The lines of one measurement, ours against each of theirs."""
     per_sample = {n: [t / facts[n]["samples"] for t in seconds[n]] for n in seconds if n != "matrix product"}
-    for n in [n for n in per_sample if n != "ours"]:
+    for n in _others(per_sample):
         target = targets.get(n.rsplit(" ", 1)[1])
         samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
         found = case.replace("largest", f"{facts['ours']['batch']} / {facts[n]['batch']}")
@@ -209,7 +214,7 @@ def frames(bench, *, recordings):
         }
         seconds, _ = bench.measure(case, peers)
         seconds = {name: [t / spec["repeats"] for t in times] for name, times in seconds.items()}
-        for name in [name for name in seconds if name != "ours"] if "ours" in seconds else ():
+        for name in _others(seconds):
             bench.tell(row(case, seconds, "ours", name, target=Target(10.0)))
 
 
@@ -236,7 +241,7 @@ def memory(bench, *, names, Ts):
         peaks = {T: _peaks(bench, name, T, target) for T in sorted(set(Ts))}
         short, long = min(Ts), max(Ts)
         growth = {who: [peaks[long][who] / peaks[short][who]] for who in peaks[long] if peaks[short].get(who)}
-        for who in [who for who in growth if who != "ours"] if "ours" in growth and short != long else ():
+        for who in _others(growth) if short != long else ():
             bench.tell(row(f"memory {name} T={long} over T={short}", growth, "ours", who, slower=False, unit="x"))
 
 
@@ -250,6 +255,6 @@ def _peaks(bench, name, T, target):
         with bench.started(case, {who: peer}) as running:  # ready: it has run
             found |= {n: peer.facts["peak_bytes"] / 2**20 for n, peer in running.items()}
     figures = {who: [peak] for who, peak in found.items()}
-    for who in [who for who in found if who != "ours"] if "ours" in found else ():
+    for who in _others(found):
         bench.tell(row(case, figures, "ours", who, slower=False, target=target, unit="MiB"))
     return found

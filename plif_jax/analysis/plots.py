@@ -17,6 +17,7 @@ from PIL import Image
 from plif_jax import files
 from plif_jax.analysis.recording import LayerRecord, charge_fire_reset
 from plif_jax.curves import COLORS, event_colors, full_strength, shades
+from plif_jax.dtypes import is_whole
 from plif_jax.errors import UserError
 from plif_jax.neurons import Neuron
 from plif_jax.surrogate import Surrogate
@@ -90,16 +91,16 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     return ax
 
 
-def surrogate_functions(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
+def surrogate_functions(ax, surrogates: Mapping[str, Surrogate]):
     """The smooth functions g that stand in for the spike, and the spike itself, over h - v_threshold."""
-    x = jnp.linspace(-limit, limit, 801)
+    x = jnp.linspace(-2, 2, 801)
     ax.step(x, x >= 0, color="black", linewidth=1, linestyle="--", label="spike")
     return _surrogate_lines(ax, x, {name: s.primitive for name, s in surrogates.items()}, "surrogate g")
 
 
-def surrogate_gradients(ax, surrogates: Mapping[str, Surrogate], limit: float = 2.0):
+def surrogate_gradients(ax, surrogates: Mapping[str, Surrogate]):
     """The derivatives g' that the backward pass uses for the spike's, over h - v_threshold."""
-    x = jnp.linspace(-limit, limit, 801)
+    x = jnp.linspace(-2, 2, 801)
     return _surrogate_lines(ax, x, {name: s.derivative for name, s in surrogates.items()}, "gradient g'")
 
 
@@ -192,7 +193,7 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     """The frames [T, H, W, 2] of one recording side by side, in reading order."""
     colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
-    if not isinstance(columns, int | np.integer) or isinstance(columns, bool) or columns < 1:
+    if not is_whole(columns):
         raise UserError(f"columns is {columns!r}; give how many frames lie side by side, 1 or more")
     columns = min(columns, T)
     picture, gap = _mosaic(colors, columns, fill=0.5)
@@ -207,10 +208,10 @@ def event_frames(ax, frames_THW2, columns: int = 5):
     return ax
 
 
-def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100, height: int = 256):
-    """Writes a recording's frames [T, H, W, 2] as an animation of about `height` pixels that repeats forever."""
+def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100):
+    """Writes a recording's frames [T, H, W, 2] as an animation some 256 pixels high that repeats forever."""
     pictures = (255 * event_colors(_array("frames", frames_THW2, "T, H, W, 2"))).astype(np.uint8)
-    scale = max(1, height // pictures.shape[1])
+    scale = max(1, 256 // pictures.shape[1])
     first, *rest = [Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)) for picture in pictures]
     animation = io.BytesIO()
     first.save(animation, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)

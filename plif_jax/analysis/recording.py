@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from plif_jax.dtypes import wide
+from plif_jax.dtypes import is_whole, wide
 from plif_jax.errors import UserError
 from plif_jax.neurons import Neuron
 from plif_jax.spiking_net import check_net
@@ -58,7 +58,7 @@ def record(net, x, neurons=None, *, batch_size=None):
         batch_size, or an empty x.
     """
     check_net(net)
-    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
+    if batch_size is not None and not is_whole(batch_size):
         raise UserError(f"batch_size is {batch_size}; give 1 or more samples at a time, or nothing for all")
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not x.size:
@@ -88,7 +88,7 @@ def _chosen(net, x, neurons):
     jax.eval_shape(partial(evaluate, observe=observe), *nnx.split(net), x)
     if neurons is None:
         return dict.fromkeys(sizes)
-    if isinstance(neurons, int | np.integer) and not isinstance(neurons, bool) and neurons >= 0:
+    if is_whole(neurons, 0):
         return {name: np.linspace(0, n - 1, min(neurons, n)).astype(int) for name, n in sizes.items()}
     if not isinstance(neurons, Mapping):
         raise UserError(f"neurons is {neurons}; give how many, or {{layer: indices}} for some of {', '.join(sizes)}")

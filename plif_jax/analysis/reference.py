@@ -16,7 +16,6 @@ from tensorboardX.record_writer import masked_crc32c
 
 from plif_jax.catalog import DATASETS
 from plif_jax.config import Config
-from plif_jax.data import expected
 from plif_jax.errors import UserError
 
 RUN_NAME = re.compile(
@@ -83,10 +82,11 @@ def differences(config: Config, run_name: str, theirs: Config | None = None) -> 
     `theirs` are the other's settings where they are known.
     """
     unnamed = UNNAMED if theirs is None else (*UNNAMED, "seed")
-    others = {f.name: f.default if theirs is None else getattr(theirs, f.name) for f in dataclasses.fields(Config)}
-    ours, theirs = settings_of(config.run_name), settings_of(run_name)
-    ours |= {s: getattr(config, s) for s in unnamed}
-    theirs |= {s: others[s] for s in unnamed}
+    other = theirs or Config(dataset_name=config.dataset_name)
+    ours, theirs = (
+        settings_of(name) | {s: getattr(settings, s) for s in unnamed}
+        for name, settings in ((config.run_name, config), (run_name, other))
+    )
     return [f"{s} is {ours[s]}, theirs {theirs[s]}" for s in ours if ours[s] != theirs[s]]
 
 
@@ -99,7 +99,7 @@ def _config_beside(paths):
 def parts_used(samples, dataset_name) -> list[str]:
     """How much of the data set a run had, where that was not all; `samples` as its result has them."""
     ours = {"training": samples["train"] + samples.get("val", 0), "testing": samples["test"]}
-    parts = zip(ours.items(), expected(dataset_name), strict=True)
+    parts = zip(ours.items(), DATASETS[dataset_name].samples, strict=True)
     return [f"of {whole} samples for {what} ours had {n}" for (what, n), whole in parts if n < whole]
 
 

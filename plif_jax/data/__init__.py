@@ -1,17 +1,10 @@
 """Data sets, from the user's files or a download to arrays ready for the devices."""
 
 
-def expected(name) -> tuple[int, int]:
-    """How many samples for training and for testing a data set has when it is whole."""
-    from plif_jax.data import image_files, recordings
-
-    return tuple(image_files.EXPECTED[name].values()) if name in image_files.EXPECTED else recordings.EXPECTED[name]
-
-
 def load(config, progress=True, to_train=True):
     """The data set that a `plif_jax.config.Config` names, as a `plif_jax.data.dataset.Dataset`.
 
-    `to_train` refuses event data of which a half is missing before anything is prepared; to evaluate, the test
+    `to_train` refuses event data of which a split is missing before anything is prepared; to evaluate, the test
     recordings suffice.
 
     Raises:

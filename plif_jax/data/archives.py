@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from plif_jax.data import storage
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 
 # What reading a damaged archive raises, by way of its compression too.
 DAMAGE = (
@@ -20,15 +20,15 @@ DAMAGE = (
     *(EOFError, OSError, RuntimeError, ValueError, OverflowError),
 )
 # What the file names in a damaged archive cause.
-OF_ITS_NAMES = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+NAME_ERRNOS = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 LEADS_OUT = getattr(tarfile, "FilterError", ())  # the first releases of Python 3.11 have no filter
 
 
 def unpacked(archive: Path, cache_dir: Path) -> Path:
-    """Unpack a zip or tar archive under `cache_dir`, and the zips in it in their places; once, whole or not at all.
+    """Unpacks a zip or tar archive under `cache_dir`, and the zips in it in their places; once, whole or not at all.
 
     Raises:
-        UserError: the archive is truncated or damaged, or a name in it leads out of the folder.
+      UserError: the archive is truncated or damaged, or a name in it leads out of the folder.
     """
     stat = archive.stat()
     key = hashlib.sha256(f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
@@ -47,7 +47,7 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
 
 
 def _unpack(archive, folder, name):
-    """Unpack one archive, which people know by `name`, into a folder."""
+    """Unpacks one archive, which people know by `name`, into a folder."""
     with storage.reading(name):
         file = archive.open("rb")
     try:
@@ -70,17 +70,17 @@ def _unpack(archive, folder, name):
     except NotImplementedError as error:
         raise UserError(f"{name}: {error}: unpack it yourself, beside it.") from None
     except DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")  # then what each method says of it
+        reason = first_line(error).rstrip(":")  # then what each method says of it
         raise UserError(f"{name}: the archive is truncated or damaged ({reason}): fetch it again.") from None
 
 
 @contextlib.contextmanager
 def _names_told_apart(folder):
-    """Turn the system's refusals of a name or a place, most likely a damaged archive's, into a UserError."""
+    """Turns the system's refusals of a name or a place, most likely a damaged archive's, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno in OF_ITS_NAMES:
+        if error.errno in NAME_ERRNOS:
             raise UserError(
                 f"the archive is damaged, or {folder} cannot hold its names ({error.strerror}): fetch it again, or "
                 "choose another folder with -cache_dir or PLIF_JAX_CACHE."
@@ -105,7 +105,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _unpack_zip(packed, folder):
-    """Unpack a zip; its files get the times that it tells, so that unpacked again they are the same files."""
+    """Unpacks a zip; its files get the times that it tells, so that unpacked again they are the same files."""
     for info in packed.infolist():
         if not info.filename.strip("/"):
             continue  # Dropbox begins its archives with a folder "/"

@@ -23,12 +23,12 @@ def preprocess(name: str, x: jax.Array, keys: jax.Array | None = None) -> jax.Ar
     `(augmented / 255 - mean) / std` for images; event frames are counts already and are only cast.
 
     Args:
-        name: a data set of `catalog.DATASETS`.
-        x: images `[B, H, W, C]` in uint8, or event frames `[B, T, H, W, 2]` in any numeric type.
-        keys: one random key per sample, `[B]`, in training; None in evaluation, where nothing is augmented.
+      name: a data set of `catalog.DATASETS`.
+      x: images `[B, H, W, C]` in uint8, or event frames `[B, T, H, W, 2]` in any numeric type.
+      keys: one random key per sample, `[B]`, in training; None in evaluation, where nothing is augmented.
 
     Returns:
-        `x`'s shape in JAX's default float type: float32, or float64 under `jax_enable_x64`.
+      `x`'s shape in JAX's default float type: float32, or float64 under `jax_enable_x64`.
     """
     dtype = jnp.result_type(float)
     if DATASETS[name].events:
@@ -48,13 +48,13 @@ def affine(image: jax.Array, angle: jax.Array, shift: jax.Array, scale: jax.Arra
     are the same; in float32 the rounding of the matrix moves about one pixel in a million to its neighbour.
 
     Args:
-        image: `[H, W, C]` in any numeric type.
-        angle: degrees; on the screen a positive angle turns clockwise.
-        shift: `[2]`, pixels to the right and down.
-        scale: the factor of enlargement.
+      image: `[H, W, C]` in any numeric type.
+      angle: degrees; on the screen a positive angle turns clockwise.
+      shift: `[2]`, pixels to the right and down.
+      scale: the factor of enlargement.
 
     Returns:
-        The image of the same shape and type.
+      The image of the same shape and type.
     """
     height, width, channels = image.shape
     centre = jnp.array([width / 2, height / 2])
@@ -77,13 +77,13 @@ def crop(image: jax.Array, top: jax.Array, left: jax.Array, padding: int = 4) ->
     """Pads an image with zeros on all sides and cuts its own size out again.
 
     Args:
-        image: `[H, W, C]`.
-        top: first row kept of the padded image, 0 to 2 * padding.
-        left: first column kept, likewise.
-        padding: pixels on each side.
+      image: `[H, W, C]`.
+      top: first row kept of the padded image, 0 to 2 * padding.
+      left: first column kept, likewise.
+      padding: pixels on each side.
 
     Returns:
-        The image of the same shape and type; `top = left = padding` gives it back unchanged.
+      The image of the same shape and type; `top = left = padding` gives it back unchanged.
     """
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)

@@ -40,7 +40,7 @@ def spread(y, n):
 
 
 def split_per_class(y, index, val_ratio):
-    """Accuracy-B's halves of `index`: of each class the first ceil((1 - val_ratio) n) train, the rest validate."""
+    """Accuracy-B's two parts of `index`: of each class the first ceil((1 - val_ratio) n) train, the rest validate."""
     train, val = [], []
     for label in np.unique(y[index]):
         of_class = index[y[index] == label]
@@ -64,7 +64,7 @@ def partition(config, dataset: Dataset) -> dict[str, Samples]:
         train, val = (
             Samples(dataset.train, index) for index in split_per_class(dataset.train.y, train, config.val_ratio)
         )
-        # so many of each class that one of them is left over
+        # enough of each class to leave one for validation
         enough = config.facts.classes * math.ceil(1 / config.val_ratio)
         more = f"-train_samples {enough} or more, or " if enough <= dataset.train.found else ""
         _refuse_empty(dataset, "val", val, f"{more}a larger -val_ratio")

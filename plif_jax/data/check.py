@@ -23,14 +23,14 @@ QUARTER_TURNS = {"CIFAR10DVS": -1}  # its recordings lie on their side, and the 
 
 
 def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path | None = None) -> str:
-    """Describe a data set and draw `<name>.png` in the working directory; return the description.
+    """Describes a data set and draws `<name>.png` in the working directory; returns the description.
 
     Event recordings are counted and a few are read; nothing is prepared and nothing large is fetched.
 
     Raises:
-        UserError: an unknown name, no such data, or samples that cannot be read.
+      UserError: an unknown name, no such data, or samples that cannot be read.
     """
-    check_name(name, DATASETS)
+    check_name(name)
     cache_dir = expanded(cache_dir or default_cache_dir())
     lines, rows, labels, title = (_events if DATASETS[name].events else _images)(name, data_root, cache_dir)
     check_labels(name, labels)
@@ -40,7 +40,7 @@ def check(name: str, data_root: str | Path | None = None, cache_dir: str | Path 
 
 
 def _events(name, data_root, cache_dir):
-    """Describe recordings, and integrate a few into rows of frames [H, T W, 3]."""
+    """Describes recordings, and integrates a few into rows of frames [H, T W, 3]."""
     if data_root is None and name != "Digits":
         data_root = cache_dir / "downloads" / name
         if name not in downloads.ARCHIVES:
@@ -76,7 +76,7 @@ def _events(name, data_root, cache_dir):
 
 
 def _images(name, data_root, cache_dir):
-    """Describe images, and lay out a row of each of a few classes."""
+    """Describes images, and lays out a row of each of a few classes."""
     if data_root is None and not images.is_prepared(name, cache_dir):
         raise UserError(NOT_FETCHED.format(name=name, folder=cache_dir))
     if data_root is not None and not images.find(name, data_root)[1]:
@@ -98,13 +98,13 @@ def _images(name, data_root, cache_dir):
 
 
 def _summary(name, train, test, expected):
-    """Say how much of the set there is."""
+    """Says how much of the set there is."""
     whole = "whole" if (train, test) == expected else "in part"
     return [f"{name}: {train} of {expected[0]} for training, {test} of {expected[1]} for testing: {whole}"]
 
 
 def _spread(ours):
-    """Choose samples of as many classes as there are."""
+    """Chooses samples of as many classes as there are."""
     by_label = {}
     for recording in ours:
         by_label.setdefault(recording.label, recording)
@@ -113,7 +113,7 @@ def _spread(ours):
 
 
 def _draw(rows, labels, title, path):
-    """Draw labelled rows of pictures under each other."""
+    """Draws labelled rows of pictures under each other."""
     height, width = rows[0].shape[:2]
     fig, columns = figure(len(rows), width=10, height=10 * len(rows) * height / width + 0.6, squeeze=False)
     for row, label, axes in zip(rows, labels, columns[:, 0], strict=True):

@@ -16,7 +16,7 @@ from plif_jax.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a data set, whole or in part.
+    """One split of a data set, whole or in part.
 
     `x` holds images [N, H, W, C] uint8, or event frames [N, T, H, W, 2]: a memory map of the smallest unsigned integer
     type that holds the counts, float32 where they were normalised. `y` holds labels [N] int32. `found` of `expected`
@@ -39,8 +39,8 @@ class Dataset:
     source: str
 
 
-def check_name(name: str, allowed: Iterable[str]):
-    """Raise UserError unless `name` is a data set among `allowed`."""
+def check_name(name: str, allowed: Iterable[str] = DATASETS):
+    """Raises UserError unless `name` is a data set among `allowed`."""
     if name not in allowed:
         near = nearest(str(name), allowed)
         meant = f" Did you mean {near}?" if near else ""
@@ -48,7 +48,7 @@ def check_name(name: str, allowed: Iterable[str]):
 
 
 def default_cache_dir() -> Path:
-    """Return the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
+    """Returns the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
     if named := os.environ.get("PLIF_JAX_CACHE"):
         return expanded(named)
     try:
@@ -68,7 +68,7 @@ def existing(data_root: str | Path) -> Path:
 
 
 def check_labels(name: str, y):
-    """Raise a UserError where a sample of a set is of none of its classes: it would train and never be counted."""
+    """Raises a UserError where a sample of a set is of none of its classes: it would train and never be counted."""
     classes, y = DATASETS[name].classes, np.asarray(y)
     wrong = y[(y < 0) | (y >= classes)]
     if wrong.size:

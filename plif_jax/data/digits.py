@@ -25,17 +25,17 @@ RECORDING = np.dtype([("x", "u1"), ("y", "u1"), ("t", "i8"), ("p", "u1")])
 
 
 def ensure(cache_dir):
-    """Return the folder of the recordings, `Train/<digit>/<number>.bin` and `Test/...`, written if it is not there."""
+    """Returns the folder of the recordings, `Train/<digit>/<number>.bin` and `Test/...`, written if it is not there."""
     return storage.made(Path(cache_dir) / "digits-1", _write_all)  # the number changes with the camera
 
 
 def write_recording(path, events):
-    """Write events (fields x, y, t in microseconds, p) in N-MNIST's form of 5 bytes an event.
+    """Writes events (fields x, y, t in microseconds, p) in N-MNIST's form of 5 bytes an event.
 
     Byte 0 holds x, byte 1 y, then one bit the polarity and 23 bits the time, high byte first.
 
     Raises:
-        UserError: a coordinate or time that the form cannot hold.
+      UserError: a coordinate or time that the form cannot hold.
     """
     t, x, y, p = (np.asarray(events[name]).astype(np.int64) for name in ("t", "x", "y", "p"))
     for name, column, limit in (("t", t, 1 << 23), ("x", x, 256), ("y", y, 240)):  # y = 240 marks a clock overflow
@@ -46,7 +46,7 @@ def write_recording(path, events):
 
 
 def _write_all(folder):
-    """Record every digit and write the recordings under `folder`."""
+    """Records every digit and writes the recordings under `folder`."""
     from sklearn.datasets import load_digits  # which takes a second to import, and is needed once
 
     images_N88, labels_N = load_digits(return_X_y=True)
@@ -63,7 +63,7 @@ def _write_all(folder):
 
 
 def record(images_N88):
-    """Show images [N, 8, 8] of ink in 0..1 to the camera; return one structured array of events for each.
+    """Shows images [N, 8, 8] of ink in 0..1 to the camera; returns one structured array of events for each.
 
     A pixel's level is its log luminance in units of its threshold. It sends an event each time the level moves a whole
     unit up (p = 1) or down (p = 0) from the level of its last event: the model of ESIM (Rebecq et al., CoRL 2018).
@@ -97,7 +97,7 @@ def record(images_N88):
 
 
 def _path():
-    """Return where the camera looks, [K, 2] pixels, and when, [K] microseconds; saccades start and end slowly."""
+    """Returns where the camera looks, [K, 2] pixels, and when, [K] microseconds; saccades start and end slowly."""
     fraction = np.arange(1, STEPS + 1) / STEPS
     eased = (1 - np.cos(np.pi * fraction))[:, None] / 2
     legs = [a + (b - a) * eased for a, b in itertools.pairwise(CORNERS)]
@@ -106,7 +106,7 @@ def _path():
 
 
 def _lens(shift):
-    """Return the [SIZE, 8] weights with which a digit, moved by `shift` pixels, falls on the sensor."""
+    """Returns the [SIZE, 8] weights with which a digit, moved by `shift` pixels, falls on the sensor."""
     place = (np.arange(SIZE) - (SIZE - 1) / 2 - shift) / MAGNIFICATION + 3.5
     distance = np.minimum(np.abs(place[:, None] - np.arange(8)), 1)
     return (1 + np.cos(np.pi * distance)) / 2

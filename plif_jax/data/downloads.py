@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tonic.download_utils import check_md5, download_url
 
 from plif_jax.data import storage
-from plif_jax.errors import OF_THE_PLACE, UserError
+from plif_jax.errors import PATH_ERRNOS, UserError
 
 
 class Archive(NamedTuple):
@@ -67,10 +67,10 @@ BY_HAND = {
 
 
 def fetch(name: str, cache_dir: Path) -> Path:
-    """Fetch the archives of a data set that are not there yet; return the folder they are in.
+    """Fetches the archives of a data set that are not there yet; returns the folder they are in.
 
     Raises:
-        UserError: an archive cannot be had, or is not the published one; the message says which file to put where.
+      UserError: an archive cannot be had, or is not the published one; the message says which file to put where.
     """
     if name not in ARCHIVES:
         raise UserError(BY_HAND[name])
@@ -97,7 +97,7 @@ def fetch(name: str, cache_dir: Path) -> Path:
 
 
 def _fetch(archive, folder):
-    """Fetch one archive, which gets its name only when its md5 is right."""
+    """Fetches one archive, which gets its name only when its md5 is right."""
     partial = folder / (archive.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
@@ -108,7 +108,7 @@ def _fetch(archive, folder):
             raise UserError(f"the answer, {partial.stat().st_size} bytes, has not the md5 {archive.md5}")
         os.replace(partial, folder / archive.name)
     except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError, UserError) as error:
-        if getattr(error, "errno", None) in OF_THE_PLACE:
+        if getattr(error, "errno", None) in PATH_ERRNOS:
             with storage.writing(folder):
                 raise
         raise UserError(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +31,25 @@ ALONE_BYTES = 64 << 20  # so few bytes of recordings are read sooner than worker
 
 
 def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, progress=True):
-    """Give the frames of every recording, from the cache or made now.
+    """Gives the frames of every recording, from the cache or made now.
 
     Args:
-        name: the data set's name, for people.
-        recordings: {"train": [...], "test": [...]} or one of them, each a list of `recordings.Recording`.
-        sensor: height, width.
-        cache_dir: where prepared sets are kept.
-        T, split_by, normalization: as `frames.integrate` has them.
-        progress: whether to show a bar.
+      name: the data set's name, for people.
+      recordings: {"train": [...], "test": [...]} or one of them, each a list of `recordings.Recording`.
+      sensor: height, width.
+      cache_dir: where prepared sets are kept.
+      T, split_by, normalization: as `frames.integrate` has them.
+      progress: whether to show a bar.
 
     Returns:
-        {"train": x, "test": x}, as given, memory maps [N, T, H, W, 2] of the smallest unsigned integers that hold the
-        counts, float32 where normalised; and the folder they lie in.
+      {"train": x, "test": x}, as given, memory maps [N, T, H, W, 2] of the smallest unsigned integers that hold the
+      counts, float32 where normalised; and the folder they lie in.
 
     Raises:
-        UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.
+      UserError: a recording cannot be used, or the cache cannot be written; what was prepared is kept.
     """
     settings = {"T": int(T), "split_by": split_by, "normalization": normalization, "sensor": list(sensor)}
-    stat = lru_cache(maxsize=None)(_stat)
+    stat = cache(_stat)
     record = {"format": FORMAT, **settings} | {
         split: {"recordings": len(ours), "sha256": _digest(ours, stat)} for split, ours in recordings.items()
     }
@@ -72,10 +72,10 @@ def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, 
 
 
 def make_part(job):
-    """Integrate the recordings of one part and save it: what a worker does.
+    """Integrates the recordings of one part and saves it: what a worker does.
 
     Args:
-        job: {"path", "recordings", "T", "split_by", "normalization", "sensor"}, as JSON can carry it.
+      job: {"path", "recordings", "T", "split_by", "normalization", "sensor"}, as JSON can carry it.
     """
     dtype = np.uint8 if job["normalization"] is None else np.float32
     part = np.empty((len(job["recordings"]), job["T"], *job["sensor"], 2), dtype)
@@ -108,7 +108,7 @@ def _stat(path):
 
 
 def _digest(recordings, stat, *more):
-    """Digest which recordings these are, with the label and the cut of each, and what `more` there is to tell."""
+    """Digests which recordings these are, with the label and the cut of each, and what `more` there is to tell."""
     digest = hashlib.sha256(json.dumps(more).encode())
     for path, *rest in recordings:
         digest.update(json.dumps([*stat(path), *rest]).encode())
@@ -133,7 +133,7 @@ def _by_file(recordings):
 
 
 def _make(folder, parts, jobs, orders, record, name):
-    """Make the parts that are missing, join them, and write the record last; `name` titles the bar, False: none."""
+    """Makes the parts that are missing, joins them, and writes the record last; `name` titles the bar, False: none."""
     with storage.writing(parts):
         parts.mkdir(parents=True, exist_ok=True)
     for partial in [*parts.glob("*.partial"), *folder.glob("*.partial")]:  # of a killed program: we hold the lock
@@ -166,7 +166,7 @@ def _make(folder, parts, jobs, orders, record, name):
 
 
 def _jobs(folder, recordings, settings, stat):
-    """Divide recordings into parts, the cuts of a file in one where they fit in it."""
+    """Divides recordings into parts, the cuts of a file in one where they fit in it."""
     bytes_each = settings["T"] * settings["sensor"][0] * settings["sensor"][1] * 2
     size = max(1, min(PART_RECORDINGS, PART_BYTES // bytes_each))
     parts = [[]]
@@ -191,7 +191,7 @@ def _is_made(job):
 
 
 def _run(jobs, done):
-    """Do jobs, on all cores if they are many, and call `done` with each; stop at the first that fails."""
+    """Does jobs, on all cores if they are many, and calls `done` with each; stops at the first that fails."""
     if sum(os.path.getsize(path) for path in {r[0] for job in jobs for r in job["recordings"]}) < ALONE_BYTES:
         event_readers.read_once.cache_clear()  # a file may have been written anew since an earlier preparation
         for job in jobs:
@@ -241,6 +241,6 @@ def _run(jobs, done):
 
 
 def _env():
-    """Return an environment in which a worker imports this plif_jax."""
+    """Returns an environment in which a worker imports this plif_jax."""
     ours = str(Path(plif_jax.__file__).parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))}

@@ -16,7 +16,7 @@ from tonic import io
 
 from plif_jax.data import matlab
 from plif_jax.data.frames import integers
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 
 EVENTS = np.dtype([("x", "i8"), ("y", "i8"), ("t", "i8"), ("p", "i8")])  # in the order that tonic fills it
 POLARITY_EVENTS, COMPRESSED = 1, 0x8000  # the AEDAT 3.1 packet type, and a bit beside it
@@ -24,16 +24,16 @@ OTHER_CAMERAS = 0x7FFF0000  # AEDAT 2.0 address bits; a DVS128 sets bit 15, and 
 
 
 def read(path: str | Path) -> np.ndarray:
-    """Read all events of a recording.
+    """Reads all events of a recording.
 
     The name's ending tells the form: `.bin`, `.bs2` (N-MNIST's 5 bytes an event), `.aedat` (AEDAT 2.0 of a DVS128, or
     AEDAT 3.1), `.aedat4` (CIFAR10-DVS as tonic has it), `.npy` (DVS128 Gesture as tonic has it), `.mat` (ASL-DVS).
 
     Returns:
-        Structured array with t in microseconds, x, y, p; times and coordinates are not checked here.
+      Structured array with t in microseconds, x, y, p; times and coordinates are not checked here.
 
     Raises:
-        UserError: the file is empty, truncated or not of its form; the message names it.
+      UserError: the file is empty, truncated or not of its form; the message names it.
     """
     path = Path(path)
     try:
@@ -45,25 +45,25 @@ def read(path: str | Path) -> np.ndarray:
     except UserError as error:
         raise UserError(f"{path}: {str(error).removesuffix('.')}.") from None
     except Exception as error:  # the readers of tonic, NumPy and aedat fail in many ways on a damaged file
-        said = str(error).partition("\n")[0]  # NumPy's goes on to advise unpickling
-        raise UserError(f"{path}: not a readable {path.suffix} recording ({said}).") from None
+        # Of NumPy's no more than that: it goes on to advise unpickling.
+        raise UserError(f"{path}: not a readable {path.suffix} recording ({first_line(error)}).") from None
 
 
 @lru_cache(maxsize=1)
 def read_once(path: str | Path) -> np.ndarray:
-    """Read as `read` does, but keep the last recording: a DVS128 Gesture file is cut into a dozen samples."""
+    """Reads as `read` does, but keeps the last recording: a DVS128 Gesture file is cut into a dozen samples."""
     return read(path)
 
 
 def _five_bytes(path):
-    """Read N-MNIST's form: x, y, then one bit of polarity and 23 bits of time, in microseconds."""
+    """Reads N-MNIST's form: x, y, then one bit of polarity and 23 bits of time, in microseconds."""
     if path.stat().st_size % 5:
         raise UserError(f"the file is truncated: {path.stat().st_size} bytes are not whole events of 5")
     return io.read_mnist_file(str(path), dtype=EVENTS)
 
 
 def _aedat(path):
-    """Read AEDAT 2.0 or 3.1, as the header says: the lines that begin with #."""
+    """Reads AEDAT 2.0 or 3.1, as the header says: the lines that begin with #."""
     content, start = path.read_bytes(), 0
     version = re.match(rb"#!AER-DAT(\d{1,2}\.\d{1,2})\s", content)
     if not version:
@@ -76,7 +76,7 @@ def _aedat(path):
 
 
 def _aedat2(data):
-    """Read the DVS128 events of an AEDAT 2.0 file: CIFAR10-DVS as it was published.
+    """Reads the DVS128 events of an AEDAT 2.0 file: CIFAR10-DVS as it was published.
 
     An address holds the polarity (0 is ON) in bit 0, then 7 bits from right to left and 7 bits from top to bottom: of
     the frame, not of the picture, which lies on its side. That is how the paper's program reads them.
@@ -90,7 +90,7 @@ def _aedat2(data):
 
 
 def _aedat3(data):
-    """Read the polarity events of an AEDAT 3.1 file: DVS128 Gesture as it was published."""
+    """Reads the polarity events of an AEDAT 3.1 file: DVS128 Gesture as it was published."""
     packets, at = [], 0
     while at < len(data):
         if at + 28 > len(data):
@@ -115,20 +115,20 @@ def _aedat3(data):
 
 
 def _aedat4(path):
-    """Read CIFAR10-DVS as tonic has it: converted with DV, which counts y from the other side than AEDAT 2.0."""
+    """Reads CIFAR10-DVS as tonic has it: converted with DV, which counts y from the other side than AEDAT 2.0."""
     try:
         raw = io.read_aedat4(str(path))
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         # The package aedat is written in Rust, whose panics are no Exceptions.
-        raise UserError(f"the file is damaged ({str(error).splitlines()[0]})") from None
+        raise UserError(f"the file is damaged ({first_line(error)})") from None
     t, x, y, p = (raw[name].astype(np.int64) for name in raw.dtype.names)  # the package names the last p or on
     return _events(t, x, 127 - y, p)
 
 
 def _npy(path):
-    """Read tonic's form of DVS128 Gesture: columns x, y, p and t in milliseconds."""
+    """Reads tonic's form of DVS128 Gesture: columns x, y, p and t in milliseconds."""
     with path.open("rb") as file:
         if file.read(8) != b"\x93NUMPY\x01\x00":  # later versions' headers may claim 4 GB for themselves
             raise UserError("the file is not an array as NumPy saves it, version 1.0")
@@ -143,7 +143,7 @@ def _npy(path):
 
 
 def _mat(path):
-    """Read ASL-DVS: MATLAB columns ts, x, y, pol, the sensor's corner at the lower right."""
+    """Reads ASL-DVS: MATLAB columns ts, x, y, pol, the sensor's corner at the lower right."""
     names = ("ts", "x", "y", "pol")
     found = matlab.columns(path.read_bytes(), names)
     if missing := [name for name in names if name not in found]:
@@ -156,7 +156,7 @@ def _mat(path):
 
 
 def _events(t, x, y, p):
-    """Put columns of whole numbers together."""
+    """Puts columns of whole numbers together."""
     events = np.empty(len(t), EVENTS)
     for name, column in (("t", t), ("x", x), ("y", y), ("p", p)):
         if len(column) != len(t):  # one alone would be taken for each

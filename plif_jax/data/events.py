@@ -23,40 +23,40 @@ def load(
     progress: bool = True,
     to_train: bool = True,
 ) -> Dataset:
-    """Load an event data set as frames.
+    """Loads an event data set as frames.
 
     Recordings under `data_root` are read where they lie, and nothing is written there; without any, they are fetched.
     Frames are prepared once for each setting and kept under `cache_dir`.
 
     Args:
-        name: NMNIST, CIFAR10DVS, DVS128Gesture, ASLDVS, or Digits, which needs no files.
-        data_root: where the user keeps data sets, or None.
-        cache_dir: for downloads and frames; `default_cache_dir()` if None.
-        T, split_by, normalization: as `frames.integrate` has them.
-        cifar10dvs_split: "paper" or "tebn", as `recordings.split_cifar10dvs` has them.
-        progress: whether to show what is being done.
-        to_train: whether both halves are needed.
+      name: NMNIST, CIFAR10DVS, DVS128Gesture, ASLDVS, or Digits, which needs no files.
+      data_root: where the user keeps data sets, or None.
+      cache_dir: for downloads and frames; `default_cache_dir()` if None.
+      T, split_by, normalization: as `frames.integrate` has them.
+      cifar10dvs_split: "paper" or "tebn", as `recordings.split_cifar10dvs` has them.
+      progress: whether to show what is being done.
+      to_train: whether both splits are needed.
 
     Returns:
-        The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number; N is 0 in a
-        half that is missing.
+      The set, with `x` [N, T, H, W, 2] and `y` [N] int32 in each split, in order of label and number; N is 0 in a
+      split that is missing.
 
     Raises:
-        UserError: another name, a wrong setting, recordings that are missing or damaged, or a cache that cannot be
-            written.
+      UserError: another name, a wrong setting, recordings that are missing or damaged, or a cache that cannot be
+        written.
     """
-    check_name(name, recordings.EXPECTED)
+    check_name(name, [known for known, facts in DATASETS.items() if facts.events])
     frames.check_settings(T, split_by, normalization)
     cache_dir = expanded(cache_dir or default_cache_dir())
     found = locate(name, data_root, cache_dir, cifar10dvs_split)
-    halves = {"train": found.train, "test": found.test}
-    for split in halves:
-        if to_train and not halves[split]:
+    splits = {"train": found.train, "test": found.test}
+    for split, ours in splits.items():
+        if to_train and not ours:
             raise UserError(f"{found.folder} holds no {split} recordings of {name}: training needs some of either.")
     sensor = DATASETS[name].shape[:2]
     x, folder = event_cache.prepare(
         name,
-        {split: ours for split, ours in halves.items() if ours},
+        {split: ours for split, ours in splits.items() if ours},
         sensor,
         cache_dir,
         T=T,
@@ -67,13 +67,13 @@ def load(
     nothing = np.zeros((0, T, *sensor, 2), np.uint8)
     train, test = (
         Split(x.get(split, nothing), np.array([r.label for r in ours], np.int32), len(ours), expected)
-        for (split, ours), expected in zip(halves.items(), found.expected, strict=True)
+        for (split, ours), expected in zip(splits.items(), found.expected, strict=True)
     )
     return Dataset(name, train, test, source=f"{found.folder} (frames in {folder})")
 
 
 def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.Found:
-    """Find the recordings of an event data set under `data_root`, or fetch them into `cache_dir`."""
+    """Finds the recordings of an event data set under `data_root`, or fetches them into `cache_dir`."""
     if name == "Digits":  # which needs no files
         if data_root is not None:
             existing(data_root)

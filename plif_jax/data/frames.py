@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numba
 import numpy as np
 
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 
 SPLIT_BY = ("number", "time")
 NORMALIZATIONS = (None, "frequency", "max", "norm", "sum")
@@ -19,7 +19,7 @@ EPS = 1e-5  # the authors' lower bound for a divisor: an empty frame stays zero
 
 
 def integrate(events, height, width, T, split_by="number", normalization=None):
-    """Integrate events into T frames of counts, normalised on request.
+    """Integrates events into T frames of counts, normalised on request.
 
     With N events and j = 0 .. T-1, frame j takes the events [l_j, r_j):
 
@@ -39,21 +39,21 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
     are not square.
 
     Args:
-        events: structured array or mapping with integer t [N] (microseconds, not decreasing), x [N] in 0 .. width-1,
-            y [N] in 0 .. height-1, p [N].
-        height, width: the sensor's size in pixels.
-        T: number of frames.
-        split_by: "number" or "time".
-        normalization: None, "frequency" (events per microsecond), "max", "norm" or "sum".
+      events: structured array or mapping with integer t [N] (microseconds, not decreasing), x [N] in 0 .. width-1,
+        y [N] in 0 .. height-1, p [N].
+      height, width: the sensor's size in pixels.
+      T: number of frames.
+      split_by: "number" or "time".
+      normalization: None, "frequency" (events per microsecond), "max", "norm" or "sum".
 
     Returns:
-        [T, height, width, 2] indexed [t, y, x, p]: int32 counts, float64 where normalised. Channel 0 counts the events
-        with p = 0, channel 1 all others.
+      [T, height, width, 2] indexed [t, y, x, p]: int32 counts, float64 where normalised. Channel 0 counts the events
+      with p = 0, channel 1 all others.
 
     Raises:
-        UserError: a sensor without pixels, or frames that fit no memory; no events, columns that are missing, masked,
-            differ in length or are no whole numbers, times that decrease, coordinates outside the sensor, T < 1, or an
-            unknown name.
+      UserError: a sensor without pixels, or frames that fit no memory; no events, columns that are missing, masked,
+        differ in length or are no whole numbers, times that decrease, coordinates outside the sensor, T < 1, or an
+        unknown name.
 
     Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
     """
@@ -84,7 +84,7 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
 
 
 def check_settings(T, split_by, normalization):
-    """Raise UserError unless `integrate` can work with these settings."""
+    """Raises UserError unless `integrate` can work with these settings."""
     if not isinstance(T, int | np.integer) or isinstance(T, bool) or T < 1:
         raise UserError(f"T is {T}, but events need at least 1 frame: give a whole number T >= 1.")
     for flag, value, allowed in (
@@ -112,7 +112,7 @@ def integers(name, column):
     try:
         column = np.asarray(column)
     except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths; a file that is closed
-        raise UserError(f"column {name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}.") from None
+        raise UserError(f"column {name} is no array that NumPy takes: {first_line(error)}.") from None
     if column.ndim != 1:
         raise UserError(f"column {name} has shape {list(column.shape)}: give one number for each event.")
     if column.dtype.kind in "ib" and column.dtype.isnative:
@@ -129,7 +129,7 @@ def integers(name, column):
 
 
 def _count(t_N, x_N, y_N, p_N, edges, height, width):
-    """Count the events between each two edges [T, height, width, 2], and check them on the way."""
+    """Counts the events between each two edges [T, height, width, 2], and checks them on the way."""
     counts_THWC = np.empty((len(edges) - 1, height, width, 2), np.int32)
     i = _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC)
     if i < 0:
@@ -142,7 +142,7 @@ def _count(t_N, x_N, y_N, p_N, edges, height, width):
 
 @numba.njit
 def _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC):
-    """Fill in the counts; return the first event that is out of order or outside the sensor, -1 if none is.
+    """Fills in the counts; returns the first event that is out of order or outside the sensor, -1 if none is.
 
     Unsigned, a negative coordinate is a large one, and an index needs no look at its sign: twice as fast.
     """
@@ -161,23 +161,22 @@ def _count_events(t_N, x_N, y_N, p_N, edges, counts_THWC):
     return -1
 
 
-@numba.njit
 def _edges_by_number(N, T):
-    """Return the T + 1 event indices between which the frames lie, with equally many events each."""
+    """Returns the T + 1 event indices between which the frames lie, with equally many events each."""
     edges = np.arange(T + 1) * (N // T)
     edges[-1] = N
     return edges
 
 
 def _edges_by_time(t_N, T):
-    """Return the T + 1 event indices between which the frames lie, with equal durations."""
+    """Returns the T + 1 event indices between which the frames lie, with equal durations."""
     dt = (t_N[-1] - t_N[0]) // T
     inner = np.searchsorted(t_N, t_N[0] + dt * np.arange(1, T))
     return np.concatenate([[0], inner, [len(t_N)]])
 
 
 def _durations(t_N, edges, T, split_by):
-    """Return each frame's duration [T] in microseconds."""
+    """Returns each frame's duration [T] in microseconds."""
     if split_by == "number":
         return np.diff(t_N[np.minimum(edges, len(t_N) - 1)])
     duration = t_N[-1] - t_N[0]
@@ -187,7 +186,7 @@ def _durations(t_N, edges, T, split_by):
 
 
 def _normalize(counts_THWC, normalization):
-    """Normalise every frame and polarity over its own pixels."""
+    """Normalises every frame and polarity over its own pixels."""
     pixels = (1, 2)
     if normalization == "max":
         return counts_THWC / np.maximum(counts_THWC.max(pixels, keepdims=True), EPS)

@@ -25,13 +25,6 @@ import numpy as np
 from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError
 
-EXPECTED = {
-    "MNIST": {"train": 60_000, "test": 10_000},
-    "FashionMNIST": {"train": 60_000, "test": 10_000},
-    "CIFAR10": {"train": 50_000, "test": 10_000},
-}
-"""How many samples each split has when it is whole."""
-
 _IDX_STEMS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -75,15 +68,15 @@ def read(name: str, files: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.nd
     """Reads what there is of a set.
 
     Args:
-        name: MNIST, FashionMNIST or CIFAR10.
-        files: paths by official file name, some of `official_names(name)`; the paths may be called otherwise.
+      name: MNIST, FashionMNIST or CIFAR10.
+      files: paths by official file name, some of `official_names(name)`; the paths may be called otherwise.
 
     Returns:
-        For "train" and "test" the images `[N, H, W, C]` uint8 and labels `[N]` int32, in the files' order; N is zero
-        where a split has no file.
+      For "train" and "test" the images `[N, H, W, C]` uint8 and labels `[N]` int32, in the files' order; N is zero
+      where a split has no file.
 
     Raises:
-        UserError: if a file is damaged, is not what its name says, or lacks its partner; the message names it.
+      UserError: if a file is damaged, is not what its name says, or lacks its partner; the message names it.
     """
     if name == "CIFAR10":
         return _read_cifar10(files)
@@ -101,8 +94,9 @@ def _read_idx_split(name: str, files: dict[str, Path], split: str) -> tuple[np.n
             partner = next(filter(None, there.values()))
             raise UserError(f"{partner} is of no use without {stem} or {stem}.gz: put that file beside it")
     images, labels = there.values()
-    x = _read_idx(images, shape[:2], EXPECTED[name][split])[..., None]
-    y = _read_idx(labels, (), EXPECTED[name][split])
+    whole = dict(zip(("train", "test"), DATASETS[name].samples, strict=True))[split]
+    x = _read_idx(images, shape[:2], whole)[..., None]
+    y = _read_idx(labels, (), whole)
     if len(x) != len(y):
         raise UserError(f"{labels} has {len(y)} labels for the {len(x)} images of {images}: get both files again")
     owner = _LABELS_MD5.get(hashlib.md5(y).hexdigest(), name)

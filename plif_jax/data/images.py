@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from plif_jax.catalog import DATASETS
 from plif_jax.config import expanded
 from plif_jax.data import image_files, storage
 from plif_jax.data.dataset import Dataset, Split, check_name, default_cache_dir, existing, folders
@@ -21,19 +22,19 @@ def load(
     with an official file is taken, and what it lacks is lacking: see `Split.found`.
 
     Args:
-        name: MNIST, FashionMNIST or CIFAR10.
-        data_root: where the user keeps data sets, or None.
-        cache_dir: for downloads and record files; `default_cache_dir()` if None.
-        progress: whether to show progress bars in a first preparation.
+      name: MNIST, FashionMNIST or CIFAR10.
+      data_root: where the user keeps data sets, or None.
+      cache_dir: for downloads and record files; `default_cache_dir()` if None.
+      progress: whether to show progress bars in a first preparation.
 
     Returns:
-        The set, with `x` `[N, H, W, C]` uint8 and `y` `[N]` int32 in each split.
+      The set, with `x` `[N, H, W, C]` uint8 and `y` `[N]` int32 in each split.
 
     Raises:
-        UserError: if `name` is another, `data_root` is no folder, a file is damaged, or the set cannot be downloaded
-            or prepared.
+      UserError: if `name` is another, `data_root` is no folder, a file is damaged, or the set cannot be downloaded
+        or prepared.
     """
-    check_name(name, image_files.EXPECTED)
+    check_name(name, [known for known, facts in DATASETS.items() if not facts.events])
     folder, files = find(name, data_root) if data_root is not None else (None, {})
     if files:
         splits = image_files.read(name, files)
@@ -43,8 +44,10 @@ def load(
         from plif_jax.data import tfds_builders  # half a second to import, and seldom needed
 
         splits, folder = tfds_builders.load(name, expanded(cache_dir or default_cache_dir()), progress=progress)
-    expected = image_files.EXPECTED[name]
-    train, test = (Split(*splits[split], found=len(splits[split][1]), expected=expected[split]) for split in expected)
+    train, test = (
+        Split(*splits[split], found=len(splits[split][1]), expected=whole)
+        for split, whole in zip(("train", "test"), DATASETS[name].samples, strict=True)
+    )
     return Dataset(name, train, test, source=str(folder))
 
 

@@ -18,11 +18,11 @@ MOST = 4 << 20  # numbers in a file: a million events, some thirty times a recor
 
 
 def columns(content: bytes, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read those of the numeric variables `names` that a file holds, each flattened.
+    """Reads those of the numeric variables `names` that a file holds, each flattened.
 
     Raises:
-        UserError: the file is not of this form, is truncated, or holds more than `MOST` numbers or as many doubles'
-            bytes once it is inflated.
+      UserError: the file is not of this form, is truncated, or holds more than `MOST` numbers or as many doubles'
+        bytes once it is inflated.
     """
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
@@ -48,7 +48,7 @@ def columns(content: bytes, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _elements(data, order):
-    """Yield (type, bytes) of the elements in `data`; one of up to 4 bytes keeps them in its tag."""
+    """Yields (type, bytes) of the elements in `data`; one of up to 4 bytes keeps them in its tag."""
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from(order + "II", data, at)

@@ -12,13 +12,6 @@ from plif_jax.data import archives, storage
 from plif_jax.data.dataset import existing, folders
 from plif_jax.errors import UserError
 
-EXPECTED = {
-    "NMNIST": (60000, 10000),
-    "Digits": (1442, 355),
-    "CIFAR10DVS": (9000, 1000),
-    "DVS128Gesture": (1176, 288),
-    "ASLDVS": (80640, 20160),
-}
 LAYOUTS = {
     "NMNIST": "Train/<digit>/<number>.bin and Test/..., or Train.zip and Test.zip",
     "CIFAR10DVS": "<class>/*.aedat, <class>/*.aedat4, <class>.zip, or CIFAR10DVS.zip of such zips",
@@ -54,13 +47,13 @@ class Found:
 
 
 def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: str = "paper") -> Found | None:
-    """Find the recordings of a data set under a folder, in any layout; None if there are none.
+    """Finds the recordings of a data set under a folder, in any layout; None if there are none.
 
     The folder may be the data set's own or hold it, under its name in any case and with or without punctuation.
     Archives are unpacked under `cache_dir`, once.
 
     Raises:
-        UserError: `root` is no folder, an archive or a label file is damaged, or an unknown split.
+      UserError: `root` is no folder, an archive or a label file is damaged, or an unknown split.
     """
     for folder in folders(existing(root), FOLDERS.get(name, set()) | INNER):
         with storage.reading(folder):
@@ -69,12 +62,12 @@ def find(name: str, root: str | Path, cache_dir: str | Path, cifar10dvs_split: s
             train, test, *expected = splits
             if name == "CIFAR10DVS":
                 train, test = split_cifar10dvs(train, cifar10dvs_split)
-            return Found(train, test, expected[0] if expected else EXPECTED[name], folder)
+            return Found(train, test, expected[0] if expected else DATASETS[name].samples, folder)
     return None
 
 
 def split_cifar10dvs(recordings, split):
-    """Split CIFAR10-DVS, which has no split of its own, by the number in each file's name.
+    """Splits CIFAR10-DVS, which has no split of its own, by the number in each file's name.
 
     paper: 0-899 of each class train, 900-999 test, as the paper's program does.
     tebn: 100-999 train, 0-99 test, as TEBN (Duan et al., NeurIPS 2022) and many works after it do.
@@ -86,7 +79,7 @@ def split_cifar10dvs(recordings, split):
 
 
 def _split_by_number(recordings, allowed: range, tests: range):
-    """Split recordings by the number in each one's name; a copy of a test recording must not train."""
+    """Splits recordings by the number in each one's name; a copy of a test recording must not train."""
     train, test, seen = [], [], {}
     for recording in recordings:
         number = _number(Path(recording.path))
@@ -155,7 +148,7 @@ def _recordings(folder: Path | None, label: int, *suffixes: str) -> list[Recordi
 
 
 def _refuse_copies(entries: list[Path]):
-    """Raise UserError if an entry of a folder is by its name a copy of another."""
+    """Raises UserError if an entry of a folder is by its name a copy of another."""
     stems = {entry.stem for entry in entries}
     for entry in entries:
         original = re.sub(r" ?\(\d+\)$| - Copy$| copy$", "", entry.stem)

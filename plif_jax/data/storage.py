@@ -15,7 +15,7 @@ from plif_jax.files import replacing
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold the lock file at `path`; wait, and say so, while another program holds it.
+    """Holds the lock file at `path`; waits, and says so, while another program holds it.
 
     The kernel frees the lock when its holder ends in whatever way, so a killed program never blocks the next one.
     """
@@ -46,7 +46,7 @@ ADVICE = (
 
 @contextlib.contextmanager
 def writing(path, advice=ADVICE):
-    """Turn the system's refusal to write at `path` into a UserError that gives the advice."""
+    """Turns the system's refusal to write at `path` into a UserError that gives the advice."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def made(folder, make):
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn the system's refusal to read at `path`, or what it names more closely, into a UserError."""
+    """Turns the system's refusal to read at `path`, or what it names more closely, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -82,13 +82,13 @@ def reading(path):
 
 
 def save(path, array):
-    """Save an array as the array file `path`: all of it or nothing."""
+    """Saves an array as the array file `path`: all of it or nothing."""
     with _rows_of(path, array.dtype, array.shape) as write:
         write(0, array)
 
 
 def join(path, files, places):
-    """Save the rows of arrays in files as the one array file `path`, each in the place that `places` has for it.
+    """Saves the rows of arrays in files as the one array file `path`, each in the place that `places` has for it.
 
     One is open at a time: there may be more of them than a program may open.
     """
@@ -107,7 +107,7 @@ def _mapped(file):
 
 @contextlib.contextmanager
 def _rows_of(path, dtype, shape):
-    """Give a function that writes what begins at a row of the array file `path`: in the end all of it or nothing."""
+    """Gives a function that writes what begins at a row of the array file `path`: in the end all of it or nothing."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     row_bytes = dtype.itemsize * math.prod(shape[1:])
     with writing(path), replacing(path) as file:

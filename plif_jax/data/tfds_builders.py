@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download import checksums, download_manager, downl
 
 from plif_jax.catalog import DATASETS
 from plif_jax.data import image_files, storage
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 
 _MNIST = {
     "train-images-idx3-ubyte.gz": (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
@@ -51,30 +51,30 @@ def load(name: str, cache_dir: Path, *, progress: bool = True) -> tuple[dict[str
     record files appear all at once or not at all. Of several programs that want the same set one prepares it.
 
     Args:
-        name: MNIST, FashionMNIST or CIFAR10.
-        cache_dir: everything is written below `cache_dir / "tensorflow_datasets"`.
-        progress: whether to show progress bars while downloading and preparing.
+      name: MNIST, FashionMNIST or CIFAR10.
+      cache_dir: everything is written below `cache_dir / "tensorflow_datasets"`.
+      progress: whether to show progress bars while downloading and preparing.
 
     Returns:
-        For "train" and "test" the images `[N, H, W, C]` uint8 and labels `[N]` int32, in the order of the official
-        files; and the folder of the record files.
+      For "train" and "test" the images `[N, H, W, C]` uint8 and labels `[N]` int32, in the order of the official
+      files; and the folder of the record files.
 
     Raises:
-        UserError: if a download fails or is not the official file, if the folder cannot be written or is full, or if
-            the record files are damaged.
+      UserError: if a download fails or is not the official file, if the folder cannot be written or is full, or if
+        the record files are damaged.
     """
     builder = find(name, cache_dir)
     if not builder.data_path.exists():
         builder = _prepare(name, cache_dir, progress)
     folder = Path(builder.data_path)
-    return {split: _read(builder, split, folder) for split in image_files.EXPECTED[name]}, folder
+    return {split: _read(builder, split, folder) for split in ("train", "test")}, folder
 
 
 def find(name: str, cache_dir: Path) -> "Images":
     """The builder of a set; its `data_path` exists where the set is prepared.
 
     Raises:
-        UserError: it has no address, or what describes its record files is damaged.
+      UserError: it has no address, or what describes its record files is damaged.
     """
     if name not in SOURCES:
         raise UserError(f"{name} has no address to be fetched from: give -data_root, the folder with its files")
@@ -122,7 +122,7 @@ def _download_and_prepare(builder: "Images", downloads: Path, progress: bool) ->
         why = "no connection" if isinstance(error, requests.ConnectionError) else error
         raise UserError(f"{name} cannot be downloaded ({why}): try again, or {by_hand}") from error
     except download_manager.NonMatchingChecksumError as error:
-        what = str(error).splitlines()[0].rstrip(":")
+        what = first_line(error).rstrip(":")
         raise UserError(f"{what}: it is not used; try again, or {by_hand}") from error
     except (OSError, RuntimeError) as error:  # tfds and ArrayRecord pass a full disk on in words, without its number
         if os.strerror(errno.ENOSPC) not in str(error):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plif_jax import files, sequence
+from plif_jax.dtypes import is_whole
 from plif_jax.errors import UserError
 from plif_jax.interop.fold import fold
-from plif_jax.spiking_net import check_net, is_whole
+from plif_jax.spiking_net import check_net
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -27,7 +28,7 @@ def to_exported(net, batch_size=None):
     """The network in evaluation mode as a `jax.export.Exported` from x to firing rates, batch norm folded.
 
     Its `call(x)` gives the rates [B, classes] that `net(x)` gives, up to the rounding of the folded weights; in a type
-    shorter than float32, bfloat16 say, that would change many, so there batch norm stays as it is. A network
+    shorter than float32, such as bfloat16, that would change many, so there batch norm stays as it is. A network
     with a static part takes images [B, H, W, C], the others frames [T, B, H, W, C], in float32 (float64 under
     `jax_enable_x64`); T is the network's own.
 

@@ -75,10 +75,6 @@ def _tensor(storage, offset, shape, strides, *_):
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _parameter(data, *_):
-    return data
-
-
 def _mapping(pairs=()):
     _check_keys(key for key, _ in pairs)
     return dict(pairs)
@@ -117,7 +113,7 @@ CALLS: dict[str, Callable] = {
     "builtins.set": _set,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.Size": tuple,
     "__builtin__.getattr": _member,
     "builtins.getattr": _member,

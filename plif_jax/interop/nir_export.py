@@ -130,11 +130,6 @@ def _neuron_to_nir(name, neuron, of_each, dt):
     raise UserError(f"{name} is a {type(neuron).__name__}; NIR has IF and LIF neurons, which PLIF becomes too")
 
 
-def _sides(padding):
-    """Padding of height and width, as `nnx.Conv` takes it: one number for both, or a number or a pair for each."""
-    return (padding, padding) if isinstance(padding, int | np.integer) else padding
-
-
 def pair(setting):
     """A setting for height and width, given as one number or two, as two."""
     return tuple(np.broadcast_to(setting, 2).tolist())
@@ -150,7 +145,8 @@ def _conv_to_nir(name, conv, shape):
         # PyTorch, whose meaning NIR's words have, knows "same" for stride 1 only.
         expressible, padding = padding == "VALID" or (padding == "SAME" and stride == (1, 1)), padding.lower()
     else:
-        sides = [(side, side) if np.ndim(side) == 0 else tuple(side) for side in _sides(padding)]
+        # As `nnx.Conv` takes it: one number, or for height and width each a number or a pair.
+        sides = [pair(side) for side in (pair(padding) if np.ndim(padding) == 0 else padding)]
         expressible, padding = all(before == after for before, after in sides), [before for before, _ in sides]
     if not expressible:
         raise UserError(f"{name} pads by {conv.padding}; NIR has zero padding, the same before and after")

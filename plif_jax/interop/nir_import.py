@@ -12,7 +12,8 @@ from plif_jax.errors import UserError
 from plif_jax.interop.nir_export import channels_first, pair, shape_after, vote_weight
 from plif_jax.interop.torch import conv_from_torch, linear_from_torch
 from plif_jax.layers import Conv, Linear
-from plif_jax.networks import Flatten, Pool, SpikingNet
+from plif_jax.networks import Flatten, Pool
+from plif_jax.spiking_net import SpikingNet
 
 
 def from_nir(graph, *, dt=None, T=None):

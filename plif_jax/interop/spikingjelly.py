@@ -9,7 +9,8 @@ the caller's choice: `spiking_neuron` makes one per spiking layer, e.g. `lambda:
 from functools import partial
 
 from plif_jax import networks
-from plif_jax.networks import SpikingNet, conv, dropout, flatten, norm, pool
+from plif_jax.networks import conv, dropout, flatten, norm, pool
+from plif_jax.spiking_net import SpikingNet
 
 linear = partial(networks.linear, use_bias=True)
 

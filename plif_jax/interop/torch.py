@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from plif_jax.dtypes import is_real
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 from plif_jax.layers import BatchNorm
 from plif_jax.networks import Flatten
 from plif_jax.neurons import Neuron
@@ -134,7 +134,7 @@ def _weights(name, array):
     try:
         array = np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch's tensors that want a gradient
-        raise UserError(f"{name} is no array that NumPy takes: {str(error).partition(chr(10))[0]}") from None
+        raise UserError(f"{name} is no array that NumPy takes: {first_line(error)}") from None
     if array.dtype.kind != "b" and not is_real(array.dtype):
         raise UserError(f"{name} holds {array.dtype}; weights are real numbers")
     return array

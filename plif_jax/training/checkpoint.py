@@ -22,10 +22,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, LatestN
 
 from plif_jax.config import Config
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 from plif_jax.training import devices
 from plif_jax.training import state as states
-from plif_jax.training.seals import PUT_BY, SEAL, damage_of, digests, examined, step_of, steps
+from plif_jax.training.seals import REPLACED, SEAL, damage_of, digests, examined, step_of, steps
 
 KEEP_EVERY_SECONDS = 4 * 3600
 
@@ -43,9 +43,6 @@ MAY_CHANGE = {
     "num_processes",
     "process_id",
 }
-
-# Settings that images leave unused.
-OF_EVENTS = {"channels", "number_layer", "split_by", "normalization", "cifar10dvs_split"}
 
 
 class _Best:
@@ -129,7 +126,7 @@ class Checkpoints:
                 (folder / SEAL).write_text(json.dumps(digests(folder)))
 
     def _set_damaged_aside(self):
-        for path in self.folder.glob(f"{PUT_BY}*"):  # by a program that was killed before it had written another
+        for path in self.folder.glob(f"{REPLACED}*"):  # by a program that was killed before it had written another
             step = self.folder / str(step_of(path))
             if step.exists() and damage_of(step) is None:
                 shutil.rmtree(path, ignore_errors=True)
@@ -176,7 +173,7 @@ class Checkpoints:
 
         def write():
             if step in self._manager.all_steps():  # a run stopped before or in an evaluation saved this step already
-                self._put_by(step)
+                self._set_replaced_aside(step)
             self._manager.save(step, args=items, metrics={"score": score})
 
         # Before it writes in the background Orbax copies everything and makes folders: that too is better done there.
@@ -186,10 +183,10 @@ class Checkpoints:
         else:
             self._guard(write)
 
-    def _put_by(self, step):
+    def _set_replaced_aside(self, step):
         """Takes a step's checkpoint out of Orbax's sight, until the one that replaces it is on the disk."""
         if jax.process_index() == 0:
-            (self.folder / str(step)).rename(self.folder / f"{PUT_BY}{step}")
+            (self.folder / str(step)).rename(self.folder / f"{REPLACED}{step}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("a checkpoint is put by")
         self._manager.reload()
@@ -204,7 +201,7 @@ class Checkpoints:
             writing.result()
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            for path in self.folder.glob(f"{PUT_BY}*"):
+            for path in self.folder.glob(f"{REPLACED}*"):
                 if (self.folder / str(step_of(path))).exists():  # not after a save that failed
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -232,7 +229,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             good = steps(self.folder)
             kept = f"the last good one is of step {step_of(good[0])}" if good else "there is no earlier one"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {kept}") from None
 
     def restore(self, template):
@@ -254,7 +251,7 @@ class Checkpoints:
 
     def _refuse_others(self, before):
         now = dataclasses.asdict(self.config)
-        ignored = MAY_CHANGE | (set() if self.config.facts.events else OF_EVENTS)
+        ignored = MAY_CHANGE | {*self.config.unused}
         differing = [
             f"{name} was {before.get(name)}, is {value}"
             for name, value in now.items()

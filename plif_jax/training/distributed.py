@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from plif_jax.errors import UserError
+from plif_jax.errors import UserError, first_line
 from plif_jax.training import devices
 
 # A peer that says nothing for this long is taken for dead, and the run ends.
@@ -34,7 +34,7 @@ def join(config, say=print):
     except RuntimeError as error:
         if not settings and not _several_slurm_tasks() and "before any JAX calls" in str(error):
             return  # a notebook on a TPU: where there are other hosts, its first computation has met them
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         taken = " (is the port of -coordinator taken? give another)" if "start RPC server" in text else ""
         of_devices = text.startswith("Unable to initialize backend")
         what = "no device starts, or another process is gone" if of_devices else "the processes did not find each other"
@@ -59,7 +59,7 @@ def agree(facts):
     (most, n), (least, m) = counts.most_common()[0], counts.most_common()[-1]
     if n != m:  # JAX itself has all meet in equal numbers
         raise UserError(
-            f"process {most} has {n} devices, process {least} has {m}; give each as many, by CUDA_VISIBLE_DEVICES say"
+            f"process {most} has {n} devices, process {least} has {m}; give each as many, with CUDA_VISIBLE_DEVICES"
         )
     digests = np.array([zlib.crc32(repr(value).encode()) for value in facts.values()], np.uint32)
     differs = (multihost_utils.process_allgather(digests) != digests).any(0)

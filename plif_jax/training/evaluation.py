@@ -28,7 +28,7 @@ def evaluate(config, net, progress=True) -> dict:
     config = dataclasses.replace(config, batch_size=min(config.batch_size, 16))  # the run's was for all its devices
     part = batches.test_part(config, data.load(config, progress=progress, to_train=False))
     feed = batches.Feed(part.split, chosen, config.data_on_device)
-    graphdef, params, batch_stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+    graphdef, batch_stats, params = nnx.split(net, nnx.BatchStat, ...)
     run = step.make_evaluate(config, graphdef, chosen, feed.axis, firing_rates=True)
     calls = evaluation_calls(config, feed, part, chosen)
     counts = [jax.device_get(run(params, batch_stats, *arguments)) for arguments in calls]

@@ -33,8 +33,8 @@ def train(config, say=print) -> dict:
 
     Args:
       config: the settings, a `plif_jax.config.Config`.
-      say: takes each line of the report; None for no report and no bars. What data that are fetched or unpacked tell
-        is printed all the same.
+      say: takes each line of the report; None for no report and no bars. Messages about fetching and
+        unpacking data are printed all the same.
 
     JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
 
@@ -105,9 +105,10 @@ class Run:
         self.evaluate_batches = {
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
-        self.progress = {"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None}
-        self.progress |= {"seconds": 0.0, "steps_timed": 0, "seconds_timed": 0.0, "hardware": report.hardware(chosen)}
-        self.progress["data"] = digests
+        self.progress = {
+            **{"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None, "data": digests},
+            **{"seconds": 0.0, "steps_timed": 0, "seconds_timed": 0.0, "hardware": report.hardware(chosen)},
+        }
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
         self.compiled = set()  # steps per dispatch, of each of which the first call compiles

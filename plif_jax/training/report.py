@@ -45,11 +45,9 @@ def tau(neuron) -> float | None:
 
 
 def samples_per_second(run) -> float | None:
-    """How fast the run trained so far, without the call of each program in which it compiled, and evaluation.
+    """Training samples per second, without evaluation and without each program's first call, which compiles.
 
-    Of a run that was continued with other devices or versions, how fast it was with these.
-
-    None where these were all.
+    Of a run that was continued with other devices or versions, since then. None where nothing was timed.
     """
     steps, seconds = run.progress["steps_timed"], run.progress["seconds_timed"]
     return steps * run.config.batch_size / seconds if seconds else None

@@ -9,20 +9,20 @@ import re
 
 SEAL = "sha256.json"
 ITEMS = ("state", "record", "metrics")
-PUT_BY = "replaced_"
+REPLACED = "replaced_"
 MISSING = "files are missing, or its seal"
 
 
 def steps(folder):
     """The finished checkpoints in a folder, the newest first, those among them for which others are being written."""
-    found = {step_of(path): path for path in folder.glob(f"{PUT_BY}*")}
+    found = {step_of(path): path for path in folder.glob(f"{REPLACED}*")}
     found |= {step_of(path): path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
 def step_of(path):
     """The step of a checkpoint's folder."""
-    return int(path.name.removeprefix(PUT_BY))
+    return int(path.name.removeprefix(REPLACED))
 
 
 def examined(folder):

@@ -16,8 +16,6 @@ from plif_jax.networks import NETWORKS
 # The mapped axis over devices: what averages over the batch averages over it too.
 AXIS = "batch"
 
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": None}
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def network(config):
         use_max_pool=config.use_max_pool,
         alpha_learnable=config.alpha_learnable,
         detach_reset=config.detach_reset,
-        dtype=DTYPES[config.precision],
+        dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
         rngs=nnx.Rngs(config.seed),
         **widths,
     )

@@ -126,8 +126,7 @@ def make_evaluate(config, graphdef, devices, data_axis, firing_rates=False):
                 spikes[name] = jnp.sum(rate_b * weight_b)
 
         rates = net(frames_for(config, x[index_b]), observe=observe if firing_rates else None)
-        labels, predictions = jax.nn.one_hot(y[index_b], classes), jax.nn.one_hot(rates.argmax(-1), classes)
-        confusion = jnp.einsum("bl,bp->lp", labels * weight_b[:, None], predictions).astype(jnp.int32)
+        confusion = jnp.zeros((classes, classes), jnp.int32).at[y[index_b], rates.argmax(-1)].add(weight_b)
         return {"confusion": confusion} | ({"spikes": spikes} if firing_rates else {})
 
     def evaluate(params, batch_stats, x, y, index_Kb):
