@@ -93,6 +93,9 @@ def test_settings_of_event_networks_may_differ_for_images(tmp_path, name, refuse
                 checkpoints.restore(state_of(0))
         else:
             assert int(checkpoints.restore(state_of(0))[0]["step"]) == 5
+    other = dataclasses.replace(config, cifar10dvs_split="tebn")
+    with checkpoint.Checkpoints(tmp_path, other) as checkpoints:
+        assert int(checkpoints.restore(state_of(0))[0]["step"]) == 5
 
 
 def test_a_folder_that_orbax_cannot_read_is_refused(tmp_path):

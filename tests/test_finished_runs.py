@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -44,6 +45,14 @@ def test_evaluation_on_one_device_takes_batches_that_fit_one(whole, monkeypatch)
     net = checkpoint.load_network(config.run_dir)[1]
     evaluation.evaluate(dataclasses.replace(config, batch_size=1024), net, progress=False)
     assert sizes == [16]
+
+
+def test_evaluation_takes_whatever_the_network_holds(whole):
+    config, result = whole
+    net = checkpoint.load_network(config.run_dir)[1]
+    for neuron in net.named_neurons().values():
+        neuron.v_threshold = nnx.data(jnp.asarray(neuron.v_threshold))
+    assert evaluation.evaluate(config, net, progress=False)["accuracy"] == result["best"]["test_accuracy"]
 
 
 def test_evaluate_prints_a_row_for_each_class(whole, capsys):

@@ -159,8 +159,8 @@ def test_a_sensor_has_pixels(height):
         ({"T": True}, "T is True, .*give a whole number"),
         ({"T": 2.0}, "T is 2.0, .*give a whole number"),
         ({"T": 2**62}, r"4611686018427387904 frames of \d+ x \d+ pixels fit no memory"),
-        ({"T": 2, "split_by": "size"}, "split_by is 'size'; allowed are number, time"),
-        ({"T": 2, "normalization": "mean"}, "allowed are None, frequency, max, norm, sum"),
+        ({"T": 2, "split_by": "size"}, "split_by is 'size'; allowed are 'number', 'time'"),
+        ({"T": 2, "normalization": "mean"}, "allowed are None, 'frequency', 'max', 'norm', 'sum'"),
     ],
 )
 def test_bad_settings_are_named(settings, says):

@@ -126,6 +126,8 @@ def test_batch_norm_of_no_timestep_or_sample_leaves_the_statistics_alone(shape, 
     assert norm(jnp.zeros(shape)).shape == shape
     np.testing.assert_array_equal(norm.mean[...], mean)
     np.testing.assert_array_equal(norm.var[...], var)
+    for bar in jax.tree.leaves(nnx.grad(lambda norm: norm(jnp.zeros(shape)).sum())(norm)):
+        np.testing.assert_array_equal(bar, np.zeros(3))
 
 
 def test_batch_norm_of_one_value_per_channel_takes_the_biased_variance(platform):

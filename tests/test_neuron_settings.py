@@ -28,6 +28,26 @@ def test_a_surrogate_is_made_before_it_is_given(given, said):
         neurons.PLIF(surrogate=given)
 
 
+def test_a_surrogate_that_holds_parameters_is_a_module():
+    class Holder:
+        def __init__(self):
+            self.alpha = nnx.Param(jnp.asarray(2.0))
+
+        def __call__(self, x):
+            return surrogate.ATan(self.alpha[...])(x)
+
+    with pytest.raises(UserError, match=r"surrogate is a Holder, which holds arrays but is no nnx\.Module; derive it"):
+        neurons.PLIF(surrogate=Holder())
+
+
+def test_numbers_of_numpy_s_fire_as_python_s(x64):
+    current = jnp.full((1, 1), np.float32(0.7))  # of which 0.7 in float64 is a little more
+    for threshold in (np.float64(0.7), 0.7):
+        neuron = neurons.IF(v_threshold=threshold)
+        for spikes in (neuron(current), neuron.unroll_by_autodiff(None, current)[1]):
+            np.testing.assert_array_equal(spikes, [[1.0]])
+
+
 @pytest.mark.parametrize("value", [[1.0, 2.0], "1", None, surrogate.ATan()])
 def test_a_threshold_is_a_number(value):
     with pytest.raises(UserError, match=r"v_threshold is of type .*; give a number, an array, or an nnx") as error:

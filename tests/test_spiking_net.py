@@ -97,10 +97,10 @@ def test_a_number_of_timesteps_left_open_is_told():
             jax.export.export(jax.jit(module))(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def flat(conv=(), fc=(), **settings):
+def flat(conv=(), fc=(), T=2, **settings):
     fc = [networks.flatten, networks.linear(6), *fc, networks.neuron]
     table = {"static_conv": [], "conv": conv, "fc": fc}
-    net = networks.SpikingNet(table, (8, 8, 2), 3, T=2, rngs=nnx.Rngs(0), **settings)
+    net = networks.SpikingNet(table, (8, 8, 2), 3, T=T, rngs=nnx.Rngs(0), **settings)
     net.fc[1].kernel[...] = jnp.linspace(0.0, 0.01, 6)[None] * jnp.ones((128, 1))  # currents 0 to 3.2
     return net
 
@@ -122,6 +122,17 @@ def test_dropout_within_a_layer_of_ones_own_gets_the_key_of_its_place():
     assert (net(x, rngs=keys) != flat()(x)).any()
     net.eval()
     np.testing.assert_array_equal(net(x), flat()(x))
+
+
+def test_a_neuron_may_run_by_itself():
+    class Alone(neurons.PLIF):
+        def unroll(self, v, x):  # as the documentation has it, without T
+            return super().unroll(v, x)
+
+    alone = lambda net, shape, rngs: (Alone(), shape)  # noqa: E731
+    for conv in ([], [networks.norm]):
+        net, usual = flat([*conv, alone]), flat([*conv, networks.neuron])
+        np.testing.assert_array_equal(net(X), usual(X))
 
 
 def test_membranes_may_come_in_any_sequence():
@@ -148,6 +159,12 @@ def test_membranes_may_come_in_any_sequence():
         (lambda: flat([neurons.PLIF()]), r"conv\.0 of the table is PLIF, no builder; give norm, conv\(8\), or"),
         (lambda: flat([networks.norm, neurons.PLIF]), r"conv\.1 of the table is PLIF, no builder"),
         (lambda: flat([networks.conv]), r"conv\.0 of the table is conv, no builder"),
+        (
+            lambda: networks.SpikingNet([], (8, 8, 2), 3, T=2, rngs=nnx.Rngs(0)),
+            "the table is no dict of static_conv, conv",
+        ),
+        (lambda: flat(networks.norm), "the table is no dict of static_conv, conv, fc; give these, each a list of"),
+        (lambda: flat(T=True), "T is True; a network runs for a whole number of timesteps"),
         (lambda: flat([8]), r"conv\.0 of the table is int, no builder"),
         (lambda: flat([lambda net, shape, rngs: neurons.PLIF()]), r"conv\.0 of the table makes a PLIF; a builder"),
         (lambda: flat([networks.conv(0)]), r"conv\(0\): a layer has a whole number of features, 1 or more"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import surrogate
+from plif_jax import networks, surrogate
 from plif_jax.errors import UserError
 
 # Derivatives at x = -0.7, 0, 0.3, 1.5 with the default parameters, as SpikingJelly 2.0 gives them.
@@ -196,3 +196,11 @@ def test_the_gradient_of_a_setting_that_jax_traces_is_not_lost(setting):
 def test_no_type_is_promoted_by_the_way(cls):
     with jax.numpy_dtype_promotion("strict"):
         nnx.grad(lambda fire: fire(jnp.ones(3)).sum())(cls(learnable=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_short_floats_compute_where_promotion_is_forbidden(dtype):
+    net = networks.NMNISTNet(channels=4, number_layer=1, dtype=dtype, rngs=nnx.Rngs(0))
+    net.set_attributes(deterministic=True)
+    with jax.numpy_dtype_promotion("strict"):
+        nnx.grad(lambda net, x: net(x).sum())(net, jnp.ones((2, 1, 34, 34, 2)))

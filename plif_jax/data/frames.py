@@ -92,7 +92,7 @@ def check_settings(T, split_by, normalization):
         ("normalization", normalization, NORMALIZATIONS),
     ):
         if value not in allowed:
-            raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
+            raise UserError(f"{flag} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
 def _column(events, name):
