@@ -31,7 +31,11 @@ def figure(rows=1, columns=1, width=6.4, height=4.0, **subplots):
 
 
 def event_colors(frames_THW2) -> np.ndarray:
-    """Event frames as colours in 0..1 [T, H, W, 3]: white where nothing happened, blue darker, orange brighter."""
+    """Event frames as colours in 0..1 [T, H, W, 3]: white where nothing happened, blue darker, orange brighter.
+
+    Raises:
+      UserError: frames are not [T, H, W, 2].
+    """
     frames = np.abs(np.asarray(frames_THW2, np.float32))
     if frames.ndim != 4 or frames.shape[-1] != 2:
         raise UserError(f"event frames of shape {frames.shape}; they are [T, H, W, 2], those of one sample")

@@ -215,7 +215,11 @@ def _conv3x3(x, kernel, *args, **kwargs):
 
 
 def dropout_key(rngs, B):
-    """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream."""
+    """A typed key, or keys [B], from what a caller gives: such keys, `jax.random.PRNGKey`s, nnx.Rngs or a stream.
+
+    Raises:
+      UserError: it is none of these, or not one key and not one for each sample.
+    """
     if rngs is None:
         raise UserError(
             "dropout in training mode needs a key: call net(x, rngs=jax.random.key(0)) to train, net.eval() to "
@@ -309,6 +313,9 @@ def max_pool(x):
 
     Spikes tie constantly: `jnp.max` would share the gradient among all of them, which trains another network. An odd
     last row or column is dropped.
+
+    Raises:
+      UserError: x has fewer than three axes.
     """
     return _max_pool(_even(x))
 
@@ -341,13 +348,21 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 @partial(jax.jit, inline=True)
 def avg_pool(x):
-    """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped."""
+    """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped.
+
+    Raises:
+      UserError: x has fewer than three axes.
+    """
     a, b, c, d = _windows(_floating(_even(x)))
     return (a + b + c + d) / 4
 
 
 def vote(spikes_TBN, classes):
-    """Averages each class's group of adjacent output neurons: [T, B, N] to [T, B, classes]."""
+    """Averages each class's group of adjacent output neurons: [T, B, N] to [T, B, classes].
+
+    Raises:
+      UserError: spikes are not [T, B, N], or N is no multiple of classes.
+    """
     return _groups(spikes_TBN, classes).mean(-1)
 
 
@@ -356,6 +371,9 @@ def firing_rates(spikes_TBN, classes):
 
     The votes' mean over time, but whole spikes are summed before one division: classes with as many spikes have the
     same rate to the bit, whatever the batch, the devices and the precision, and `argmax` takes the first of them.
+
+    Raises:
+      UserError: as `vote`.
     """
     groups = _groups(spikes_TBN, classes)
     return groups.sum((0, 3)) / (groups.shape[0] * groups.shape[3])

@@ -50,7 +50,11 @@ class Flatten(nnx.Module):
 
 
 def conv(features):
-    """3x3 convolution, padding 1, without bias."""
+    """3x3 convolution, padding 1, without bias.
+
+    Raises:
+      UserError: features is not a whole number from 1; what reaches the layer is no map (H, W, C).
+    """
 
     _check_features("conv", features)
 
@@ -71,7 +75,11 @@ def _uniform(bound, key, shape, dtype):
 
 
 def linear(features=None, use_bias=False):
-    """Linear layer; a quarter of its inputs wide where `features` is not given."""
+    """Linear layer; a quarter of its inputs wide where `features` is not given.
+
+    Raises:
+      UserError: features is not a whole number from 1, or none are left; what reaches the layer is no vector.
+    """
 
     if features is not None:
         _check_features("linear", features)
@@ -98,7 +106,11 @@ def linear(features=None, use_bias=False):
 
 
 def maps(taker, shape):
-    """(H, W, C) of what reaches a layer that takes maps."""
+    """(H, W, C) of what reaches a layer that takes maps.
+
+    Raises:
+      UserError: it is no map.
+    """
     if len(shape) != 3:
         raise UserError(f"{taker} takes maps (H, W, C), but values of shape {shape} reach it: put it before flatten")
     return shape
@@ -124,7 +136,11 @@ def neuron(net, shape, rngs):
 
 
 def pool(net, shape, rngs):
-    """2x2 pooling, by maximum or average as the network is set."""
+    """2x2 pooling, by maximum or average as the network is set.
+
+    Raises:
+      UserError: what reaches the layer is no map, or one too small to be halved.
+    """
     H, W, C = maps("pooling", shape)
     if min(H, W) < 2:
         raise UserError(f"a {H}x{W} feature map cannot be halved again: give a smaller number_layer")

@@ -199,7 +199,11 @@ class SpikingNet(nnx.Module):
 
 
 def vector(taker, shape):
-    """The length of what reaches a layer that takes vectors."""
+    """The length of what reaches a layer that takes vectors.
+
+    Raises:
+      UserError: it is no vector.
+    """
     if len(shape) != 1:
         raise UserError(f"{taker} takes vectors, but maps of shape {shape} reach it: put flatten before it")
     return shape[0]

@@ -129,7 +129,11 @@ def raster(ax, spikes_TN, title="", ylabel="neuron"):
 
 
 def firing_rates(ax, layers: Mapping[str, LayerRecord]):
-    """Heat map of the share of each layer's neurons that fire at each timestep, mean over samples, with the figures."""
+    """Heat map of the share of each layer's neurons that fire at each timestep, mean over samples, with the figures.
+
+    Raises:
+      UserError: there are no layers.
+    """
     if not layers:
         raise UserError("there are no layers to draw; give what `recording.record` returns, {name: LayerRecord}")
     rates_LT = 100 * np.array([np.asarray(layer.firing_rate).mean(1) for layer in layers.values()])
@@ -171,6 +175,9 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
       ax: the axes drawn on.
       spikes_THWC: of one sample.
       channels: the eight that spike most if None.
+
+    Raises:
+      UserError: spikes are of another shape, or there are no such channels.
     """
     spikes_THWC = _array("spikes", spikes_THWC, "T, H, W, C").astype(np.float32)
     T, H, W, C = spikes_THWC.shape
@@ -190,7 +197,11 @@ def spike_maps(ax, spikes_THWC, channels: Sequence[int] | None = None):
 
 
 def event_frames(ax, frames_THW2, columns: int = 5):
-    """The frames [T, H, W, 2] of one recording side by side, in reading order."""
+    """The frames [T, H, W, 2] of one recording side by side, in reading order.
+
+    Raises:
+      UserError: frames are of another shape, or columns is not a whole number from 1.
+    """
     colors = event_colors(_array("frames", frames_THW2, "T, H, W, 2"))
     T, H, W, _ = colors.shape
     if not is_whole(columns):
@@ -209,7 +220,11 @@ def event_frames(ax, frames_THW2, columns: int = 5):
 
 
 def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100):
-    """Writes a recording's frames [T, H, W, 2] as an animation some 256 pixels high that repeats forever."""
+    """Writes a recording's frames [T, H, W, 2] as an animation some 256 pixels high that repeats forever.
+
+    Raises:
+      UserError: frames are of another shape.
+    """
     pictures = (255 * event_colors(_array("frames", frames_THW2, "T, H, W, 2"))).astype(np.uint8)
     scale = max(1, 256 // pictures.shape[1])
     first, *rest = [Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)) for picture in pictures]
@@ -219,7 +234,11 @@ def save_gif(frames_THW2, path: str | Path, milliseconds: int = 100):
 
 
 def confusion_matrix(ax, counts, names: Sequence[str] | None = None):
-    """Share of each class's samples given each class, in percent, from counts [label, prediction]."""
+    """Share of each class's samples given each class, in percent, from counts [label, prediction].
+
+    Raises:
+      UserError: counts are not square, or not of as many classes as there are names.
+    """
     counts = _array("counts", counts, "label, prediction")
     names = list(map(str, range(len(counts)) if names is None else names))
     if counts.shape != (len(names), len(names)):

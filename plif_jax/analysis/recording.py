@@ -155,6 +155,9 @@ def charge_fire_reset(neuron, x, of_chosen=lambda a: a):
     """h before firing, v after the reset, and spikes s, all [T, ...], of neurons at rest for currents x [T, ...].
 
     h is None where the neurons' `step` is their own, which need not charge as their `charge` does.
+
+    Raises:
+      UserError: a neuron has several states.
     """
     charges = type(neuron).step is Neuron.step
 

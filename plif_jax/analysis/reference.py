@@ -122,7 +122,11 @@ def settings_of(run_name: str) -> dict[str, str | None]:
 
 
 def find(folder: str | Path) -> dict[str, list[Path]]:
-    """The files of each published run under `folder`, {run name: paths}."""
+    """The files of each published run under `folder`, {run name: paths}.
+
+    Raises:
+      UserError: it is no folder.
+    """
     folder = Path(folder).resolve()  # "." has no name
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one with the published curves")

@@ -48,7 +48,11 @@ def check_name(name: str, allowed: Iterable[str] = DATASETS):
 
 
 def default_cache_dir() -> Path:
-    """Returns the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`."""
+    """Returns the folder for downloads and prepared arrays: `$PLIF_JAX_CACHE`, or `~/.cache/plif_jax`.
+
+    Raises:
+      UserError: no home folder is known.
+    """
     if named := os.environ.get("PLIF_JAX_CACHE"):
         return expanded(named)
     try:

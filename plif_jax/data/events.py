@@ -73,7 +73,11 @@ def load(
 
 
 def locate(name, data_root, cache_dir, cifar10dvs_split="paper") -> recordings.Found:
-    """Finds the recordings of an event data set under `data_root`, or fetches them into `cache_dir`."""
+    """Finds the recordings of an event data set under `data_root`, or fetches them into `cache_dir`.
+
+    Raises:
+      UserError: they are not there and cannot be fetched, or one is damaged.
+    """
     if name == "Digits":  # which needs no files
         if data_root is not None:
             existing(data_root)

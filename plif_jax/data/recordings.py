@@ -71,6 +71,9 @@ def split_cifar10dvs(recordings, split):
 
     paper: 0-899 of each class train, 900-999 test, as the paper's program does.
     tebn: 100-999 train, 0-99 test, as TEBN (Duan et al., NeurIPS 2022) and many works after it do.
+
+    Raises:
+      UserError: another split, a name without such a number, or two recordings of a class with one.
     """
     tests = {"paper": range(900, 1000), "tebn": range(100)}
     if split not in tests:
