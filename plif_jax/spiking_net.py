@@ -70,7 +70,9 @@ class SpikingNet(nnx.Module):
             )
         whole = isinstance(table, Mapping) and set(table) == set(self.PARTS)
         if not whole or not all(isinstance(part, list | tuple) for part in table.values()):
-            raise UserError(f"the table is no dict of {', '.join(self.PARTS)}; give these, each a list of builders")
+            given = f" of {', '.join(map(str, table))}" if isinstance(table, Mapping) else ""
+            kind, parts = type(table).__name__, ", ".join(self.PARTS)
+            raise UserError(f"the table is a {kind}{given}; give a dict of {parts}, each a list of builders")
         self.shape, self.classes, self.T, self.init_tau, self.dtype = tuple(shape), classes, T, init_tau, dtype
         self.use_plif, self.use_max_pool = use_plif, use_max_pool
         self.alpha_learnable, self.detach_reset = alpha_learnable, detach_reset

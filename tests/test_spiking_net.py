@@ -161,9 +161,9 @@ def test_membranes_may_come_in_any_sequence():
         (lambda: flat([networks.conv]), r"conv\.0 of the table is conv, no builder"),
         (
             lambda: networks.SpikingNet([], (8, 8, 2), 3, T=2, rngs=nnx.Rngs(0)),
-            "the table is no dict of static_conv, conv",
+            "the table is a list; give a dict of static_conv",
         ),
-        (lambda: flat(networks.norm), "the table is no dict of static_conv, conv, fc; give these, each a list of"),
+        (lambda: flat(networks.norm), "fc; give a dict of static_conv, conv, fc, each a list of builders"),
         (lambda: flat(T=True), "T is True; a network runs for a whole number of timesteps"),
         (lambda: flat([8]), r"conv\.0 of the table is int, no builder"),
         (lambda: flat([lambda net, shape, rngs: neurons.PLIF()]), r"conv\.0 of the table makes a PLIF; a builder"),
