@@ -180,7 +180,7 @@ def _spreads(shape, over):
 
 
 def _floats(path, leaf):
-    """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a neuron of one's own."""
+    """Whether a leaf can have a gradient: an `nnx.Param`, or another variable of a custom neuron."""
     return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
 
 

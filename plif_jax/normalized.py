@@ -16,7 +16,7 @@ from plif_jax.sequence import fits, instantiated, run, sequence, sequence_gradie
 def unroll(norm, neuron, v, x, **timesteps):
     """`neuron.unroll(v, norm(x), **timesteps)`, where these are nothing or T."""
     ours = type(norm) is layers.BatchNorm and type(neuron).unroll is Neuron.unroll
-    # A `rest` of one's own may read the currents, which are never written here.
+    # A custom `rest` may read the currents, which are never written here.
     known = v is not None or type(neuron).rest is Neuron.rest
     if not (ours and known) or norm.dtype not in (None, x.dtype):
         return neuron.unroll(v, norm(x), **timesteps)

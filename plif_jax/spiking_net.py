@@ -101,7 +101,7 @@ class SpikingNet(nnx.Module):
     def unroll(self, state, x, *, rngs=None, observe=None):
         """Runs the network on x from `state`, layer by layer, each over all timesteps.
 
-        A sequence in chunks, the state carried over, gives what one call gives, but for a layer of one's own that
+        A sequence in chunks, the state carried over, gives what one call gives, but for a custom layer that
         looks at several timesteps at once, such as attention over time: it would see those of its chunk.
 
         Args:
@@ -116,7 +116,7 @@ class SpikingNet(nnx.Module):
 
         Raises:
           UserError: x or a membrane is of another shape, x sharded by explicit axes; dropout in training has no key;
-            a layer of one's own holds neurons, whose membranes are in no state, or is a recurrent one of Flax's.
+            a custom layer holds neurons, whose membranes are in no state, or is a recurrent one of Flax's.
         """
         for name, layer in self.named_layers().items():
             if isinstance(layer, neurons.Neuron):

@@ -43,7 +43,7 @@ def _backward(graphdef, residuals, g):
 
     if not params.keys() - {"alpha"}:
         return jax.tree.map(alpha_bar, params), x_bar
-    # A function of one's own with more to learn.
+    # A custom function with more to learn.
     y, backward = jax.vjp(lambda params: nnx.merge(graphdef, params).primitive(x), params)
     return *backward(g.astype(y.dtype)), x_bar
 

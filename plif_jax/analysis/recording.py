@@ -146,7 +146,7 @@ def _layer_record(neuron, currents, spikes, index):
         nothing = jnp.zeros((T, B, 0), currents.dtype)
         charges = nothing if type(neuron).step is Neuron.step else None
         return LayerRecord(nothing, charges, nothing, nothing, firing_rate, neuron_rate)
-    # All neurons charge, for a neuron of one's own may have parameters for each; what is kept is what was chosen.
+    # All neurons charge, for a custom neuron may have parameters for each; what is kept is what was chosen.
     charges, membranes, _ = charge_fire_reset(neuron, currents, of_chosen)
     return LayerRecord(of_chosen(currents), charges, membranes, of_chosen(spikes), firing_rate, neuron_rate)
 

@@ -1,4 +1,4 @@
-"""Curves of other people's runs, such as the paper authors': found, read, and matched to a run of one's own.
+"""Curves of other people's runs, such as the paper authors': found, read, and matched to a run of ours.
 
 Two forms are read: CSV as TensorBoard exports it, `run-RUN-tag-TAG.csv` with columns Wall time, Step, Value, and
 TensorBoard's event files in a folder named as the run. A third is the authors' accuracy-B, `accuracy_B/DATASET.csv`.

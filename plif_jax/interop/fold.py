@@ -14,7 +14,7 @@ def fold(net):
 
     The copy computes what `net` computes in evaluation mode up to rounding; `net` is left as it is. Layers keep their
     order, not their numbers: without the batch norm `conv.2` may be `conv.1`. A batch norm after something other than
-    a convolution or a linear layer stays, and so does a layer of one's own, whatever it is derived from.
+    a convolution or a linear layer stays, and so does a custom layer, whatever it is derived from.
     """
     folded, kept = nnx.clone(net), folded_layers(net)
     for part in folded.PARTS:

@@ -19,8 +19,8 @@ What becomes of the parts that NIR has no node for:
   single spike fires. Its membrane is 0 after every step, so it remembers nothing.
 - The vote is a last linear node that averages each class's neurons: the graph's outputs are votes [B, classes] per
   timestep, their mean over T the firing rates.
-- NIR cannot say: soft reset, max pooling of values that are not spikes, batch norm after anything else, and what layers
-  of one's own do in a `__call__` of their own, which are refused; and surrogate functions, which parameters are shared
+- NIR cannot say: soft reset, max pooling of values that are not spikes, batch norm after anything else, and what custom
+  layers do in a `__call__` of their own, which are refused; and surrogate functions, which parameters are shared
   or learned (PLIF comes back as LIF), and whether a membrane exactly at the threshold fires (here it does; NIR's text
   says above), which the graph does not hold.
 

@@ -115,7 +115,7 @@ def _bias(name, layer):
 
 
 def _parameters(neuron):
-    """(name, variable) of a neuron's parameters: w, surrogate_function.alpha, and whatever one of one's own learns."""
+    """(name, variable) of a neuron's parameters: w, surrogate_function.alpha, and whatever a custom one learns."""
     found = [(path, node) for path, node in nnx.iter_graph(neuron) if isinstance(node, nnx.Param)]
     for path, variable in sorted(found, key=lambda entry: (len(entry[0]), entry[0])):
         first, *rest = path

@@ -67,11 +67,11 @@ def create(config, optimizer, devices, abstract=False):
     """The network's static half and a fresh `TrainState`, whole on each of the devices; `abstract`: shapes alone.
 
     Raises:
-      UserError: a layer of one's own holds what is neither learned nor kept.
+      UserError: a custom layer holds what is neither learned nor kept.
     """
     try:
         net = nnx.eval_shape(lambda: network(config)) if abstract else network(config)
-    except (UserError, jax.errors.JAXTypeError):  # a layer of one's own that needs numbers to be made
+    except (UserError, jax.errors.JAXTypeError):  # a custom layer that needs numbers to be made
         if not abstract:
             raise
         net = network(config)
