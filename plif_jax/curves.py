@@ -144,7 +144,7 @@ def tau_over_epochs(ax, metrics, init_tau=None):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1e5 * least else (1,)))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylabel("membrane time constant tau (timesteps)")
+    ax.set_ylabel("tau (timesteps)")
     epoch_axis(ax)
     return ax
 

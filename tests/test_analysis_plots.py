@@ -201,9 +201,18 @@ class TwoStates(neurons.IF):
         (lambda ax: plots.neuron_response(ax, np.ones((4, 2)), {"IF": neurons.IF()}), r"\(4, 2\); give \[T\]"),
         (lambda ax: plots.neuron_response(ax, [1, np.nan], {"IF": neurons.IF()}), "a value that is not finite"),
         (lambda ax: plots.neuron_response(ax, np.ones(4), {}), "there are no neurons to draw"),
-        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel()}), "a has values for several neurons"),
-        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel(1)}), "a has values for several neurons"),
-        (lambda ax: plots.neuron_response(ax, np.ones(4), {"a": TwoStates()}), "a has values for several neurons"),
+        (
+            lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel()}),
+            "a has several states, or values for several neurons",
+        ),
+        (
+            lambda ax: plots.neuron_response(ax, np.ones(4), {"a": PerChannel(1)}),
+            "a has several states, or values for several neurons",
+        ),
+        (
+            lambda ax: plots.neuron_response(ax, np.ones(4), {"a": TwoStates()}),
+            "a has several states, or values for several neurons",
+        ),
         (lambda ax: plots.raster(ax, [[0, 1], [1]]), r"rows of different lengths; give \[T, N\]"),
         (lambda ax: plots.event_frames(ax, np.ones((0, 4, 4, 2))), r"\(0, 4, 4, 2\); give \[T, H, W, 2\]"),
         (lambda ax: plots.raster(ax, np.ones((4, 2, 3))), r"spikes of shape \(4, 2, 3\); give \[T, N\]"),

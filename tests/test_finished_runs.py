@@ -55,6 +55,12 @@ def test_evaluation_takes_whatever_the_network_holds(whole):
     assert evaluation.evaluate(config, net, progress=False)["accuracy"] == result["best"]["test_accuracy"]
 
 
+def test_a_still_image_is_shown_as_often_as_was_asked_for(settings):
+    net = networks.MNISTNet(T=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"^T is 3 in the settings, 2 in the network; set net\.T too"):
+        evaluation.evaluate(settings(dataset_name="MNIST", channels=None, number_layer=None), net, progress=False)
+
+
 def test_evaluate_prints_a_row_for_each_class(whole, capsys):
     config, result = whole
     evaluate.main([str(config.run_dir)])

@@ -191,6 +191,10 @@ def test_what_training_neither_learns_nor_keeps_is_refused(settings, tmp_path, m
         (lambda: Synaptic(), r"params/conv/2/decay\S* is missing there, \(\) here"),
         (lambda: neurons.IF(), r"params/conv/2/w\S* is \(\) there, missing here"),
         (lambda: PerNeuron(2), r"params/conv/2/w\S* is \(\) there, \(2,\) here"),
+        (lambda: neurons.PLIF(v_reset=None), r"conv\.2\.v_reset is 0\.0 there, None here"),
+        (lambda: neurons.PLIF(surrogate=surrogate.Erf()), r"conv\.2\.surrogate is ATan there, Erf here"),
+        (lambda: neurons.PLIF(surrogate=surrogate.ATan(3.0)), r"conv\.2\.surrogate\.alpha is 2\.0 there, 3\.0 here"),
+        (lambda: neurons.PLIF(surrogate=jax.nn.relu), r"conv\.2\.surrogate is ATan there, relu here"),
     ],
 )
 def test_the_checkpoint_of_another_network_is_refused_in_a_line(settings, tmp_path_factory, monkeypatch, other, said):

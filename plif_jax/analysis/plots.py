@@ -65,7 +65,9 @@ def neuron_response(ax, currents, neurons: Mapping[str, Neuron]):
     if not neurons:
         raise UserError("there are no neurons to draw; give {label: neuron}")
     if many := [label for label, neuron in neurons.items() if not is_single(neuron)]:
-        raise UserError(f"{many[0]} has values for several neurons; this draws neurons that have one number of each")
+        raise UserError(
+            f"{many[0]} has several states, or values for several neurons; give neurons that have one number of each"
+        )
     timesteps = np.arange(1, len(x) + 1)
     thresholds = sorted({float(jnp.asarray(neuron.v_threshold)) for neuron in neurons.values()})
     for threshold in thresholds:

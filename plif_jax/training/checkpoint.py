@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSe
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError, first_line
+from plif_jax.spiking_net import layer_settings
 from plif_jax.training import devices
 from plif_jax.training import state as states
 from plif_jax.training.seals import REPLACED, SEAL, damage_of, digests, examined, step_of, steps
@@ -285,12 +286,24 @@ def _read_state(folder, template):
 def _refuse_another_network(folder, saved, abstract):
     there, here = ({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (saved, abstract))
     differing = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    # What follows from a parameter comes before it.
+    _refuse(folder, sorted(differing, key=lambda name: not name.startswith("params")), there, here)
+
+
+def refuse_other_layers(folder, there, here):
+    """Raises a UserError where layers are others than those of a checkpoint, both as `layer_settings` tells them."""
+    both = there.keys() & here.keys()
+    # What only one version of the code tells says nothing.
+    told = there and [name for name in {**here, **there} if name in both or name.rpartition(".")[0] not in both]
+    _refuse(folder, [name for name in told if there.get(name) != here.get(name)], there, here)
+
+
+def _refuse(folder, differing, there, here):
     if differing:
-        name = min(differing, key=lambda name: not name.startswith("params"))  # what follows from it comes before
-        there, here = (str(shapes[name]) if name in shapes else "missing" for shapes in (there, here))
+        there, here = (str(told.get(differing[0], "missing")) for told in (there, here))
         raise UserError(
-            f"{folder} is of another network than the code makes now: {name} is {there} there, {here} here. Go back to "
-            "that network, or train this one under another -log_dir_prefix"
+            f"{folder} is of another network than the code makes now: {differing[0]} is {there} there, {here} here. Go "
+            "back to that network, or train this one under another -log_dir_prefix"
         )
 
 
@@ -330,20 +343,21 @@ def load_checkpoint(run: str | Path, kind: str = "best"):
     devices.start()
     graphdef, template = states.create(config, states.adam(config, 1), jax.local_devices()[:1], abstract=True)
     try:
-        state, what = _read_chosen(folder, kind, template)
+        state, layers, what = _read_chosen(folder, kind, template)
     except UserError:
         raise
     except Exception:  # Orbax's and TensorStore's, of a folder of which a part is gone
         # A running run has removed it since; by the next time it has long to go.
-        state, what = _read_chosen(folder, kind, template)
+        state, layers, what = _read_chosen(folder, kind, template)
     net = nnx.merge(graphdef, state.params, state.batch_stats)
+    refuse_other_layers(folder, layers, layer_settings(net))
     net.set_attributes(axis_name=None)
     net.eval()
     return config, net, what
 
 
 def _read_chosen(folder, kind, template):
-    """(state, what it is) of a folder's best or latest sound checkpoint."""
+    """(state, the layers' settings, what it is) of a folder's best or latest sound checkpoint."""
     sound, damaged, _ = examined(folder)
     for path, damage in damaged.items():
         print(f"checkpoint of step {path.name} is damaged ({damage}); looking at the others")
@@ -361,7 +375,7 @@ def _read_chosen(folder, kind, template):
         elif _read_record(path)["score"] < 0:
             print("no checkpoint that is left was tested, so none is the best; this is the latest")
             what = "latest checkpoint, none was tested"
-    return _read_state(path, template), what
+    return _read_state(path, template), _read_record(path)["progress"].get("layers", {}), what
 
 
 def _lost_best(paths):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from plif_jax import data
 from plif_jax.data import batches
+from plif_jax.errors import UserError
 from plif_jax.training import step
 from plif_jax.training.loop import evaluation_calls
 
@@ -23,7 +24,12 @@ def evaluate(config, net, progress=True) -> dict:
     Returns:
       {"accuracy": 0..1, "per_class": [classes], "confusion": counts [label, prediction], "samples": n,
       "firing_rates": {layer: mean spikes per neuron and timestep}}.
+
+    Raises:
+      UserError: the data are not there, or a network for still images has another T than the settings.
     """
+    if net.static_conv and net.T != config.T:  # the network shows a still image, the data bring their own timesteps
+        raise UserError(f"T is {config.T} in the settings, {net.T} in the network; set net.T too for another T")
     chosen = jax.local_devices()[:1]
     config = dataclasses.replace(config, batch_size=min(config.batch_size, 16))  # the run's was for all its devices
     part = batches.test_part(config, data.load(config, progress=progress, to_train=False))

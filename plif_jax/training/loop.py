@@ -16,15 +16,16 @@ from plif_jax.config import expanded
 from plif_jax.data import batches
 from plif_jax.errors import UserError
 from plif_jax.neurons import PLIF
+from plif_jax.spiking_net import layer_settings
 from plif_jax.training import devices, distributed, report, signals, state, step
-from plif_jax.training.checkpoint import Checkpoints, check_place
+from plif_jax.training.checkpoint import Checkpoints, check_place, refuse_other_layers
 from plif_jax.training.logs import Logs
 
 SAVE_EVERY_SECONDS = 600  # in the middle of an epoch: a kill costs no more of a long one
 LOG_EVERY = 256  # steps between train_loss and train_accuracy, as the paper's program logs
 
 
-def train(config, say=print) -> dict:
+def train(config, say=print, dataset=None) -> dict:
     """Trains as the settings say, or continues where an earlier call was stopped, and returns the result.
 
     Accuracy-A (Fang et al., 2021): the best test accuracy over epochs. With `val_ratio`, accuracy-B: the test accuracy
@@ -35,6 +36,8 @@ def train(config, say=print) -> dict:
       config: the settings, a `plif_jax.config.Config`.
       say: takes each line of the report; None for no report and no bars. Messages about fetching and
         unpacking data are printed all the same.
+      dataset: a `plif_jax.data.dataset.Dataset` in place of what the settings name: another split, or samples of your
+        own in its form.
 
     JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
 
@@ -57,7 +60,7 @@ def train(config, say=print) -> dict:
         expanded(config.log_dir_prefix).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"-log_dir_prefix {config.log_dir_prefix} cannot be written: {error.strerror}") from None
-    dataset = data.load(config, progress=bars)
+    dataset = data.load(config, progress=bars) if dataset is None else dataset
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     for name in config.without_effect():
@@ -85,7 +88,7 @@ class Run:
 
     `progress` is what a checkpoint keeps beside the state: the epochs done, summed loss and accuracy of the steps of
     the epoch begun, how many scalars were logged, seconds spent, the figures of the best and the last epoch, and what
-    tells the data from other data.
+    tells the data and the layers from others.
     """
 
     def __init__(self, config, dataset, parts, chosen, checkpoints, stop, say, bars):
@@ -106,7 +109,8 @@ class Run:
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
         self.progress = {
-            **{"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None, "data": digests},
+            **{"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None},
+            **{"data": digests, "layers": layer_settings(self._network())},
             **{"seconds": 0.0, "steps_timed": 0, "seconds_timed": 0.0, "hardware": report.hardware(chosen)},
         }
         self.taus_before = self.taus()
@@ -116,6 +120,7 @@ class Run:
         if restored is not None:
             self.state, progress = restored
             self._refuse_other_data(progress["data"])
+            refuse_other_layers(config.checkpoint_dir, progress.get("layers", {}), self.progress["layers"])
             self.progress |= progress
             say(f"continuing after epoch {self.progress['epoch']}, step {int(self.state.step)}")
             differing = report.differences(self.progress["hardware"], report.hardware(chosen))
@@ -300,7 +305,9 @@ class Run:
             for name in ("test_accuracy", "val_accuracy"):
                 if name in figures:
                     self.logs.add(name, figures[name], epoch)
-            learned = [n for n in self._neurons().values() if isinstance(n, PLIF) and n.w[...].size == 1]
+            learned = [
+                n for n in self._network().named_neurons().values() if isinstance(n, PLIF) and n.w[...].size == 1
+            ]
             for i, neuron in enumerate(learned):
                 self.logs.add(f"w{i}", float(neuron.w[...]), last_step)
         progress |= {"epoch": epoch + 1, "sums": [0.0, 0.0]}
@@ -327,19 +334,22 @@ class Run:
         self.say(f"{interrupted} at step {int(self.state.step)}; saved: the same command continues")
         raise interrupted
 
-    def _neurons(self):
-        """The spiking layers as they are now, {name: neuron}."""
-        return nnx.merge(self.graphdef, self.state.params, self.state.batch_stats).named_neurons()
+    def _network(self):
+        """The network as it is now."""
+        return nnx.merge(self.graphdef, self.state.params, self.state.batch_stats)
 
     def taus(self) -> dict[str, float]:
         """tau of every spiking layer now, in timesteps, by the layer's name, where it has one."""
-        taus = {name: report.tau(neuron) for name, neuron in self._neurons().items()}
+        taus = {name: report.tau(neuron) for name, neuron in self._network().named_neurons().items()}
         return {name: tau for name, tau in taus.items() if tau is not None}
 
     def alphas(self) -> dict[str, float]:
         """The surrogate's alpha of every spiking layer now, by the layer's name, where it is learned."""
-        alphas = {name: getattr(neuron.surrogate, "alpha", None) for name, neuron in self._neurons().items()}
-        return {name: float(alpha[...]) for name, alpha in alphas.items() if isinstance(alpha, nnx.Variable)}
+        alphas = {
+            name: getattr(neuron.surrogate, "alpha", None) for name, neuron in self._network().named_neurons().items()
+        }
+        learned = {name: np.asarray(alpha[...]) for name, alpha in alphas.items() if isinstance(alpha, nnx.Variable)}
+        return {name: float(alpha.reshape(())) for name, alpha in learned.items() if alpha.size == 1}
 
 
 def steps_per_call(config, chosen):

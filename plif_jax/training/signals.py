@@ -14,8 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_WISH_SECONDS = 1
 
 
-class Interrupted(Exception):
-    """The run stopped because it was asked to, after saving; `code` is the exit status that says so."""
+class Interrupted(BaseException):
+    """The run stopped because it was asked to, after saving; `code` is the exit status that says so.
+
+    As `KeyboardInterrupt` is none of the errors that a loop over runs may catch, so is this none.
+    """
 
     def __init__(self, signum):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
