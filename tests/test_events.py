@@ -303,12 +303,20 @@ def test_a_worker_that_ends_early_is_told(data, parts_of_ten, monkeypatch):
     monkeypatch.setattr(event_cache, "ALONE_BYTES", 1)
     monkeypatch.setattr(event_cache.sys, "executable", shutil.which("false"))
     for _ in range(3):  # before or after it is sent its part
-        with pytest.raises(UserError, match="a worker ended early"):
+        with pytest.raises(UserError, match="a worker ended early, with status 1: is"):
             load(data)
 
 
+def test_workers_take_nothing_that_lies_beside_the_package(data, tmp_path, parts_of_ten, monkeypatch):
+    (tmp_path / "plif_jax").symlink_to(os.path.dirname(plif_jax.__file__))
+    (tmp_path / "pathlib.py").write_text("raise ImportError('an old backport, as site-packages may have')")
+    monkeypatch.setattr(plif_jax, "__file__", str(tmp_path / "plif_jax/__init__.py"))
+    monkeypatch.setattr(event_cache, "ALONE_BYTES", 1)
+    assert load(data).train.x.sum() == 6000
+
+
 def test_a_worker_whose_program_was_killed_ends_quietly():
-    command = [sys.executable, "-m", "plif_jax.data.event_worker"]
+    command = [sys.executable, "-c", event_cache.WORKER, plif_jax.__file__]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     job = {"path": "", "recordings": [["/nowhere.bin", 0, None, None]], "T": 1, "sensor": [1, 1]}
     with subprocess.Popen(command, **pipes) as worker:

@@ -28,6 +28,16 @@ from plif_jax.errors import UserError
 FORMAT = 1  # of the prepared arrays; counts up when the same recordings would give others
 PART_BYTES, PART_RECORDINGS = 32 << 20, 256  # at most so much in a part, so that little is lost and memory stays small
 ALONE_BYTES = 64 << 20  # so few bytes of recordings are read sooner than workers have started
+# A worker imports this plif_jax, wherever it lies and whatever else has its name; on PYTHONPATH all that lies beside it
+# would come before the standard library.
+WORKER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("plif_jax", sys.argv[1])
+sys.modules["plif_jax"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from plif_jax.data.event_worker import main
+main()
+"""
 
 
 def prepare(name, recordings, sensor, cache_dir, *, T, split_by, normalization, progress=True):
@@ -207,10 +217,10 @@ def _run(jobs, done):
     def drive_a_worker(_):
         # Plain programs rather than multiprocessing: that would import the caller's script once more in every worker,
         # or fork a process in which JAX runs threads.
-        command = [sys.executable, "-P", "-m", "plif_jax.data.event_worker"]  # and not what lies in the user's folder
+        command = [sys.executable, "-P", "-c", WORKER, plif_jax.__file__]  # -P: not what lies in the user's folder
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # In a session of its own, which Ctrl-C does not reach: it goes on until it is told nothing more.
-        with subprocess.Popen(command, **pipes, env=_env(), start_new_session=True) as worker:
+        with subprocess.Popen(command, **pipes, start_new_session=True) as worker:
             while (job := next_job()) is not None:
                 try:
                     worker.stdin.write(json.dumps(job) + "\n")
@@ -219,7 +229,8 @@ def _run(jobs, done):
                     with contextlib.suppress(BrokenPipeError):
                         worker.stdin.close()  # which tries once more to send what is left
                 answer = worker.stdout.readline()
-                error = json.loads(answer)["error"] if answer else "a worker ended early: is there enough memory?"
+                early = "a worker ended early, with status {}: is there enough memory?"
+                error = json.loads(answer)["error"] if answer else early.format(worker.wait())
                 if error:
                     errors.append(error)
                     return
@@ -238,9 +249,3 @@ def _run(jobs, done):
             raise
     if errors:
         raise UserError(errors[0])
-
-
-def _env():
-    """Returns an environment in which a worker imports this plif_jax."""
-    ours = str(Path(plif_jax.__file__).parents[1])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))}

@@ -7,7 +7,9 @@ import sys
 from plif_jax.data import event_cache
 from plif_jax.errors import UserError
 
-if __name__ == "__main__":
+
+def main():
+    """Answers until there is nothing more to do."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     for line in sys.stdin:
         error = None
