@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+import jax
+
 from plif_jax import cli, data, files
 from plif_jax.analysis import reference
 from plif_jax.catalog import DATASETS
@@ -199,6 +201,7 @@ def fill(runs):
             print(f"\n== {dataset}, {name}, seed {run.seed}{': done' if done else ''}", flush=True)
             if not done:
                 train(run)
+                jax.clear_caches()  # JAX would keep every run's programs
 
 
 if __name__ == "__main__":

@@ -47,14 +47,12 @@ def test_a_run_writes_what_it_found(whole):
 
 def test_a_data_set_of_ones_own_is_trained_on(settings, tmp_path):
     config = settings(log_dir_prefix=str(tmp_path), max_epoch=1, train_samples=None, test_samples=None)
-    whole = data.load(config)
-    fold = [
-        dataclasses.replace(whole.test, x=whole.test.x[at], y=whole.test.y[at]) for at in np.split(np.arange(40), 2)
-    ]
-    one = dataclasses.replace(whole, train=fold[0], test=fold[1])
+    whole, halves = data.load(config), (slice(20), slice(20, 40))
+    fold = [dataclasses.replace(whole.test, x=whole.test.x[half], y=whole.test.y[half]) for half in halves]
+    one, two = (dataclasses.replace(whole, train=fold[i], test=fold[1 - i]) for i in (0, 1))
     assert loop.train(config, say=None, dataset=one)["samples"] == {"train": 20, "test": 20}
     with pytest.raises(UserError, match="holds a run on other data: the samples of train are others; the samples of"):
-        loop.train(config, say=None, dataset=dataclasses.replace(whole, train=fold[1], test=fold[0]))
+        loop.train(config, say=None, dataset=two)
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):

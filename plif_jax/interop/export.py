@@ -2,7 +2,7 @@
 
     export.save(net, "mnist.jax")
 
-and then, wherever JAX is (and flatbuffers, which `pip install -e ".[export]"` brings), nothing else:
+and then, wherever JAX is (and flatbuffers: `pip install flatbuffers`), nothing else:
 
     import jax
     rates = jax.export.deserialize(open("mnist.jax", "rb").read()).call(x)
@@ -67,6 +67,6 @@ def save(net, path, batch_size=None):
     try:
         content = exported.serialize()
     except ImportError:
-        raise UserError('writing a function needs the package flatbuffers: pip install -e ".[export]"') from None
+        raise UserError("writing a function needs the package flatbuffers: pip install flatbuffers") from None
     files.write(path, content)
     return exported

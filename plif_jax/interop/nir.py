@@ -32,7 +32,7 @@ from plif_jax.errors import UserError
 try:
     import nir  # noqa: F401
 except ImportError as error:
-    raise UserError('NIR exchange needs the package nir: pip install -e ".[nir]"') from error
+    raise UserError("NIR exchange needs the package nir: pip install nir") from error
 
 from plif_jax.interop.nir_export import to_nir
 from plif_jax.interop.nir_import import from_nir

@@ -94,7 +94,7 @@ def write(path, arrays):
         try:
             import torch
         except ImportError:
-            raise UserError(f'writing {path} needs PyTorch: pip install -e ".[torch]", or write a .npz') from None
+            raise UserError(f"writing {path} needs PyTorch: pip install torch, or write a .npz") from None
         save = partial(torch.save, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     else:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; weights are written as .npz or .pt")

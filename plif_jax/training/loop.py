@@ -39,7 +39,8 @@ def train(config, say=print, dataset=None) -> dict:
       dataset: a `plif_jax.data.dataset.Dataset` in place of what the settings name: another split, or samples of your
         own in its form.
 
-    JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not.
+    JAX computes in 64 bits afterwards where `precision` is float64, and in 32 where not. It keeps the programs that it
+    compiled: between many runs in one process call `jax.clear_caches()`.
 
     Raises:
       UserError: a setting, the data or a checkpoint does not allow the run; or a loss or gradient is not finite.
