@@ -1,7 +1,9 @@
 """How a script ends: with which status, and what it says."""
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -66,6 +68,11 @@ def ended(monkeypatch, capfd):
 )
 def test_a_script_ends_in_a_status_and_at_most_a_line(ended, error, status, said):
     assert ended(error) == (status, said)
+
+
+def test_a_loop_over_runs_that_catches_errors_is_stopped_too():
+    with pytest.raises(Interrupted), contextlib.suppress(Exception):
+        raise Interrupted(signal.SIGINT)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), BrokenPipeError("of a worker")])

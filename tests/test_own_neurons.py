@@ -127,7 +127,7 @@ def test_a_step_may_give_more_than_spikes(which):
 
 
 def test_neurons_without_one_tau_are_trained_and_no_tau_is_told(settings, tmp_path, monkeypatch):
-    """IF neurons, which have none, and PLIF neurons with one for each channel, a learned alpha among them."""
+    """IF neurons, which have none, and PLIF neurons with one for each channel, learned alphas among them."""
 
     class PerChannel(neurons.PLIF):
         def __init__(self, C):
@@ -138,9 +138,10 @@ def test_neurons_without_one_tau_are_trained_and_no_tau_is_told(settings, tmp_pa
         def __init__(self, T, *, channels, number_layer, **flags):
             own = lambda net, shape, rngs: (PerChannel(shape[-1]), shape)  # noqa: E731
             integrating = lambda net, shape, rngs: (neurons.IF(), shape)  # noqa: E731
-            conv = [networks.conv(channels), networks.norm, own, networks.pool]
+            conv = [networks.conv(channels), networks.norm, own, networks.pool, own]
             fc = [networks.flatten, networks.linear(100), integrating]
             super().__init__({"static_conv": [], "conv": conv, "fc": fc}, (34, 34, 2), 10, T=T, **flags)
+            self.conv[4].surrogate.alpha = nnx.Param(jnp.full((1, 1, 1, channels), 2.0))
 
     monkeypatch.setitem(networks.NETWORKS, "Digits", Net)
     said = []
