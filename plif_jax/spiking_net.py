@@ -243,11 +243,12 @@ def _drops(name, layer):
 
 
 def layer_settings(net):
-    """{"conv.2": "PLIF", "conv.2.v_reset": "0.0", ...}: tells networks apart whose weights have the same shapes.
+    """{"conv.2": "PLIF", "conv.2.v_reset": 0.0, ...}: tells networks apart whose weights have the same shapes.
 
-    Of layers that are Flax's, or derived from them, the class alone: their settings change with its versions.
+    Of layers that are Flax's, or derived from them, the class alone: their settings change with its versions. The
+    network is as it trains, for modes are settings too.
     """
-    told, modes = {}, ("use_running_average", "deterministic", "axis_name")
+    told = {}
     for path, module in nnx.iter_graph(net):
         if not isinstance(module, nnx.Module) or isinstance(module, nnx.List | nnx.Dict | SpikingNet):
             continue
@@ -256,8 +257,8 @@ def layer_settings(net):
         if any(base.__module__.startswith("flax.nnx.nn.") for base in type(module).__mro__):
             continue
         for setting, value in vars(module).items():
-            if setting[0] != "_" and setting not in modes and isinstance(value, bool | int | float | str | None):
-                told[f"{name}.{setting}"] = repr(value)
+            if setting[0] != "_" and isinstance(value, bool | int | float | str | None):
+                told[f"{name}.{setting}"] = value
             elif setting == "surrogate" and not isinstance(value, nnx.Module):
                 told[f"{name}.{setting}"] = getattr(value, "__name__", type(value).__name__)  # a function
     return told

@@ -14,7 +14,7 @@ from plif_jax.training import loop
 
 def split_of(n, classes=10):
     x = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
-    return Split(x, (np.arange(n) * 7 % classes).astype(np.int32), n, n)
+    return Split(x, (np.arange(n) * 7 % classes).astype(np.int32), n)
 
 
 def samples(n):

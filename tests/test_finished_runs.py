@@ -15,10 +15,10 @@ import convert
 import evaluate
 import export
 import figures
-from plif_jax import networks
+from plif_jax import data, networks
 from plif_jax.catalog import DATASETS
 from plif_jax.errors import UserError
-from plif_jax.training import checkpoint, evaluation
+from plif_jax.training import checkpoint, evaluation, loop
 
 pytestmark = pytest.mark.xdist_group("training")  # one worker: most begin from one run, `whole`
 
@@ -59,6 +59,12 @@ def test_a_still_image_is_shown_as_often_as_was_asked_for(settings):
     net = networks.MNISTNet(T=2, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"^T is 3 in the settings, 2 in the network; set net\.T too"):
         evaluation.evaluate(settings(dataset_name="MNIST", channels=None, number_layer=None), net, progress=False)
+
+
+def test_samples_of_another_number_of_timesteps_are_not_trained_on(settings, tmp_path):
+    config = settings(log_dir_prefix=str(tmp_path))
+    with pytest.raises(UserError, match="T is 4, the samples have 3 and 3 timesteps; give both alike"):
+        loop.train(dataclasses.replace(config, T=4), say=None, dataset=data.load(config))
 
 
 def test_evaluate_prints_a_row_for_each_class(whole, capsys):

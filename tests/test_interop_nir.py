@@ -206,8 +206,9 @@ def test_what_nir_cannot_express_is_refused():
     circular.conv[2].padding = ((1, 0), (1, 1))
     with pytest.raises(UserError, match="the same before and after"):
         nir_interop.to_nir(circular)
-    circular.conv[2].padding = ((1, 1), (1, 1))
-    assert nir_interop.to_nir(circular).nodes["conv_2"].padding == (1, 1)
+    for padding in (1, (1, 1), ((1, 1), (1, 1)), (1, (1, 1))):
+        circular.conv[2].padding = padding
+        assert nir_interop.to_nir(circular).nodes["conv_2"].padding == (1, 1)
     circular.conv[2].input_dilation = 2
     with pytest.raises(UserError, match=r"conv\.2 dilates its input by 2"):
         nir_interop.to_nir(circular)

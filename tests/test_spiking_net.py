@@ -10,6 +10,8 @@ from plif_jax import layers, networks, neurons
 from plif_jax.analysis import operations, recording
 from plif_jax.errors import UserError
 from plif_jax.interop import export, torch
+from plif_jax.spiking_net import layer_settings
+from plif_jax.training.checkpoint import refuse_other_layers
 
 X = jnp.full((2, 1, 8, 8, 2), 2.5)
 
@@ -133,6 +135,18 @@ def test_a_neuron_may_run_by_itself():
     for conv in ([], [networks.norm]):
         net, usual = flat([*conv, alone]), flat([*conv, networks.neuron])
         np.testing.assert_array_equal(net(X), usual(X))
+
+
+def test_layers_are_told_by_their_class_and_settings(tmp_path):
+    told = layer_settings(flat([networks.conv(2), networks.norm, networks.neuron]))
+    assert told["conv.2"] == "PLIF" and told["conv.2.v_reset"] == 0.0 and told["conv.1.momentum"] == 0.1
+    assert told["conv.2.surrogate"] == "ATan" and told["conv.2.surrogate.alpha"] == 2.0
+    assert [name for name in told if name.startswith("conv.0")] == ["conv.0"]  # Flax's, whose settings it may change
+    refuse_other_layers(tmp_path, {}, told)  # of a checkpoint from before they were told
+    refuse_other_layers(tmp_path, told | {"conv.2.more": 1, "conv.2.v_reset": 0}, told)
+    for other in (told | {"conv.2.v_reset": None}, told | {"fc.9": "IF"}, {"conv.2": "PLIF"}):
+        with pytest.raises(UserError, match=f"^{tmp_path} is of another network than the code makes now: "):
+            refuse_other_layers(tmp_path, other, told)
 
 
 def test_membranes_may_come_in_any_sequence():

@@ -25,8 +25,12 @@ class Split:
 
     x: np.ndarray
     y: np.ndarray
-    found: int
     expected: int
+
+    @property
+    def found(self) -> int:
+        """How many samples there are."""
+        return len(self.y)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def load(
     )
     nothing = np.zeros((0, T, *sensor, 2), np.uint8)
     train, test = (
-        Split(x.get(split, nothing), np.array([r.label for r in ours], np.int32), len(ours), expected)
+        Split(x.get(split, nothing), np.array([r.label for r in ours], np.int32), expected)
         for (split, ours), expected in zip(splits.items(), found.expected, strict=True)
     )
     return Dataset(name, train, test, source=f"{found.folder} (frames in {folder})")

@@ -45,7 +45,7 @@ def load(
 
         splits, folder = tfds_builders.load(name, expanded(cache_dir or default_cache_dir()), progress=progress)
     train, test = (
-        Split(*splits[split], found=len(splits[split][1]), expected=whole)
+        Split(*splits[split], expected=whole)
         for split, whole in zip(("train", "test"), DATASETS[name].samples, strict=True)
     )
     return Dataset(name, train, test, source=str(folder))

@@ -146,7 +146,7 @@ def _conv_to_nir(name, conv, shape):
         expressible, padding = padding == "VALID" or (padding == "SAME" and stride == (1, 1)), padding.lower()
     else:
         # As `nnx.Conv` takes it: one number, or for height and width each a number or a pair.
-        sides = [pair(side) for side in (pair(padding) if np.ndim(padding) == 0 else padding)]
+        sides = [pair(side) for side in (pair(padding) if isinstance(padding, int) else padding)]
         expressible, padding = all(before == after for before, after in sides), [before for before, _ in sides]
     if not expressible:
         raise UserError(f"{name} pads by {conv.padding}; NIR has zero padding, the same before and after")

@@ -62,6 +62,9 @@ def train(config, say=print, dataset=None) -> dict:
     except OSError as error:
         raise UserError(f"-log_dir_prefix {config.log_dir_prefix} cannot be written: {error.strerror}") from None
     dataset = data.load(config, progress=bars) if dataset is None else dataset
+    given = [split.x.shape[1] for split in (dataset.train, dataset.test)] if config.facts.events else []
+    if set(given) - {config.T}:
+        raise UserError(f"T is {config.T}, the samples have {' and '.join(map(str, given))} timesteps; give both alike")
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     for name in config.without_effect():
@@ -110,9 +113,17 @@ class Run:
             axis: step.make_evaluate(config, self.graphdef, chosen, axis) for axis in {train_feed.axis, test_feed.axis}
         }
         self.progress = {
-            **{"epoch": 0, "sums": [0.0, 0.0], "points": None, "best": None, "last": None},
-            **{"data": digests, "layers": layer_settings(self._network())},
-            **{"seconds": 0.0, "steps_timed": 0, "seconds_timed": 0.0, "hardware": report.hardware(chosen)},
+            "epoch": 0,
+            "sums": [0.0, 0.0],
+            "points": None,
+            "best": None,
+            "last": None,
+            "seconds": 0.0,
+            "steps_timed": 0,
+            "seconds_timed": 0.0,
+            "hardware": report.hardware(chosen),
+            "data": digests,
+            "layers": layer_settings(self._network()),
         }
         self.taus_before = self.taus()
         self.asked = 0  # the signal that some process was sent
@@ -306,9 +317,7 @@ class Run:
             for name in ("test_accuracy", "val_accuracy"):
                 if name in figures:
                     self.logs.add(name, figures[name], epoch)
-            learned = [
-                n for n in self._network().named_neurons().values() if isinstance(n, PLIF) and n.w[...].size == 1
-            ]
+            learned = [n for n in self._neurons().values() if isinstance(n, PLIF) and n.w[...].size == 1]
             for i, neuron in enumerate(learned):
                 self.logs.add(f"w{i}", float(neuron.w[...]), last_step)
         progress |= {"epoch": epoch + 1, "sums": [0.0, 0.0]}
@@ -339,16 +348,18 @@ class Run:
         """The network as it is now."""
         return nnx.merge(self.graphdef, self.state.params, self.state.batch_stats)
 
+    def _neurons(self):
+        """The spiking layers as they are now, {name: neuron}."""
+        return self._network().named_neurons()
+
     def taus(self) -> dict[str, float]:
         """tau of every spiking layer now, in timesteps, by the layer's name, where it has one."""
-        taus = {name: report.tau(neuron) for name, neuron in self._network().named_neurons().items()}
+        taus = {name: report.tau(neuron) for name, neuron in self._neurons().items()}
         return {name: tau for name, tau in taus.items() if tau is not None}
 
     def alphas(self) -> dict[str, float]:
         """The surrogate's alpha of every spiking layer now, by the layer's name, where it is learned."""
-        alphas = {
-            name: getattr(neuron.surrogate, "alpha", None) for name, neuron in self._network().named_neurons().items()
-        }
+        alphas = {name: getattr(neuron.surrogate, "alpha", None) for name, neuron in self._neurons().items()}
         learned = {name: np.asarray(alpha[...]) for name, alpha in alphas.items() if isinstance(alpha, nnx.Variable)}
         return {name: float(alpha.reshape(())) for name, alpha in learned.items() if alpha.size == 1}
 
