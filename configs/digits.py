@@ -3,7 +3,8 @@
     make quickstart
     python experiments/train.py -config configs/digits.py
 
-A minute on two CPU cores: 97.46 % at best, 96.90 % after the last epoch (RESULTS.md); another CPU rounds otherwise.
+One to two minutes on two CPU cores: 97.46 % at best, 96.90 % after the last epoch (RESULTS.md); another CPU
+rounds otherwise.
 """
 
 from plif_jax.config import Config
