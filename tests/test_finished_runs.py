@@ -63,7 +63,7 @@ def test_a_still_image_is_shown_as_often_as_was_asked_for(settings):
 
 def test_samples_of_another_number_of_timesteps_are_not_trained_on(settings, tmp_path):
     config = settings(log_dir_prefix=str(tmp_path))
-    with pytest.raises(UserError, match="T is 4, the samples have 3 and 3 timesteps; give both alike"):
+    with pytest.raises(UserError, match="T is 4, but training and test frames have 3 and 3 steps; make them the same"):
         loop.train(dataclasses.replace(config, T=4), say=None, dataset=data.load(config))
 
 

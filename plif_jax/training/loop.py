@@ -64,7 +64,9 @@ def train(config, say=print, dataset=None) -> dict:
     dataset = data.load(config, progress=bars) if dataset is None else dataset
     given = [split.x.shape[1] for split in (dataset.train, dataset.test)] if config.facts.events else []
     if set(given) - {config.T}:
-        raise UserError(f"T is {config.T}, the samples have {' and '.join(map(str, given))} timesteps; give both alike")
+        raise UserError(
+            f"T is {config.T}, but training and test frames have {given[0]} and {given[1]} steps; make them the same"
+        )
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         say(f"{dataset.name} {name}: {split.found} of {split.expected} samples from {dataset.source}")
     for name in config.without_effect():
