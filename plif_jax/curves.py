@@ -56,7 +56,7 @@ def shades(n):
 
 
 def tau_of(w):
-    """Membrane time constant in timesteps, tau = 1 / sigmoid(w) = 1 + exp(-w) (Fang et al., 2021, Eq. 8)."""
+    """Membrane time constant in timesteps, tau = 1 / sigmoid(w) = 1 + exp(-w) (Fang et al., 2021, Eq. 6)."""
     with np.errstate(over="ignore"):  # a w that training has blown up: tau is infinite
         return 1 + np.exp(-np.asarray(w, np.float64))
 

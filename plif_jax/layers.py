@@ -41,7 +41,7 @@ class BatchNorm(nnx.Module):
 
     Args:
       num_features: C, the size of the last axis.
-      momentum: weight of the newest timestep in the running statistics.
+      momentum: weight of the newest timestep in the running statistics, as in PyTorch; `nnx.BatchNorm`'s is 1 minus it.
       eps: added to the variance, so that a channel that never changes is not divided by 0.
       axis_name: mapped axis over whose devices the batch is spread; statistics are those of the whole batch.
       dtype: of the result; statistics are computed in float32 or better.
@@ -146,7 +146,10 @@ def _by_pieces(base, feature_axes, size, graphdef, state, x):
 
 
 class Linear(_InPieces, nnx.Linear):
-    """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation on a CPU takes `ROWS` rows at a time."""
+    """`flax.nnx.Linear` over sequences [T, B, features], which in evaluation on a CPU takes `ROWS` rows at a time.
+
+    Initial weights are Flax's; `networks.linear` has PyTorch's.
+    """
 
     ROWS = 32  # more make live inference slower, fewer read the kernel more often
 
@@ -156,7 +159,10 @@ class Linear(_InPieces, nnx.Linear):
 
 
 class Conv(_InPieces, nnx.Conv):
-    """`flax.nnx.Conv` over sequences [T, B, H, W, C], which in evaluation on a CPU goes image by image."""
+    """`flax.nnx.Conv` over sequences [T, B, H, W, C], which in evaluation on a CPU goes image by image.
+
+    Initial weights are Flax's; `Conv3x3` has PyTorch's.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -309,10 +315,10 @@ def _even(x):
 
 @partial(jax.jit, inline=True)  # a call outside jit is one program
 def max_pool(x):
-    """2x2 max pooling of x [..., H, W, C] whose gradient goes to the first maximum, row-major, as in PyTorch.
+    """2x2 max pooling of x [..., H, W, C] to [..., H // 2, W // 2, C], an odd last row or column dropped.
 
-    Spikes tie constantly: `jnp.max` would share the gradient among all of them, which trains another network. An odd
-    last row or column is dropped.
+    The gradient goes to the first maximum of a window, row-major, as in PyTorch. Spikes tie constantly: `jnp.max` would
+    share the gradient among all of them, which trains another network.
 
     Raises:
       UserError: x has fewer than three axes.
@@ -348,7 +354,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 @partial(jax.jit, inline=True)
 def avg_pool(x):
-    """2x2 average pooling of x [..., H, W, C]; an odd last row or column is dropped.
+    """2x2 average pooling of x [..., H, W, C] to [..., H // 2, W // 2, C], an odd last row or column dropped.
 
     Raises:
       UserError: x has fewer than three axes.

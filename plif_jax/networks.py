@@ -112,7 +112,7 @@ def maps(taker, shape):
       UserError: it is no map.
     """
     if len(shape) != 3:
-        raise UserError(f"{taker} takes maps (H, W, C), but values of shape {shape} reach it: put it before flatten")
+        raise UserError(f"{taker} takes maps (H, W, C), but values of shape {shape} reach it: maps end at flatten")
     return shape
 
 
@@ -148,7 +148,11 @@ def pool(net, shape, rngs):
 
 
 def flatten(net, shape, rngs):
-    """Feature maps to one vector."""
+    """Feature maps to one vector.
+
+    Raises:
+      UserError: what reaches the layer is no map.
+    """
     H, W, C = maps("flatten", shape)
     return Flatten(shape), (H * W * C,)
 
@@ -159,7 +163,7 @@ def dropout(net, shape, rngs):
 
 
 def mnist_table():
-    """MNIST and Fashion-MNIST (Fang et al., 2021, Table 1)."""
+    """MNIST and Fashion-MNIST (Fang et al., 2021, Table 6)."""
     return {
         "static_conv": [conv(128), norm],
         "conv": [neuron, pool, conv(128), norm, neuron, pool],
@@ -168,7 +172,7 @@ def mnist_table():
 
 
 def cifar10_table():
-    """CIFAR-10 (Fang et al., 2021, Table 1): one dropout only."""
+    """CIFAR-10 (Fang et al., 2021, Table 6), without that table's second dropout, as in the paper's program."""
     block = [conv(256), norm, neuron]
     return {
         "static_conv": [conv(256), norm],
@@ -178,7 +182,10 @@ def cifar10_table():
 
 
 def event_table(channels, number_layer, classes):
-    """N-MNIST, CIFAR10-DVS, DVS128 Gesture (Fang et al., 2021, Table 1); nothing is static."""
+    """N-MNIST, CIFAR10-DVS, DVS128 Gesture (Fang et al., 2021, Table 6); nothing is static.
+
+    The hidden layer is a quarter of its inputs, as in the paper's program; for CIFAR10-DVS Table 6 has 512, not 2048.
+    """
     return {
         "static_conv": [],
         "conv": [conv(channels), norm, neuron, pool] * number_layer,
@@ -187,9 +194,9 @@ def event_table(channels, number_layer, classes):
 
 
 class MNISTNet(SpikingNet):
-    """conv 1-128 once; then P, pool, conv 128-128, P, pool, linear 6272-2048, P, linear 2048-100, P each timestep.
+    """conv 1-128, norm once; then each timestep P, pool, conv 128-128, norm, P, pool, and the linear layers.
 
-    P is a layer of neurons.
+    These are dropout, linear 6272-2048, P, dropout, linear 2048-100, P, where P is a layer of neurons.
     """
 
     def __init__(self, T=DATASETS["MNIST"].T, **settings):
@@ -201,9 +208,10 @@ class FashionMNISTNet(MNISTNet):
 
 
 class CIFAR10Net(SpikingNet):
-    """conv 3-256 once; then P, five convolutions 256-256 with P, two pools, linear 16384-2048, P, 2048-100, P.
+    """conv 3-256, norm once; then each timestep P, 2 x [conv, norm, P], pool, 3 x [conv, norm, P], pool, linear layers.
 
-    P is a layer of neurons.
+    The convolutions are 256-256, the linear layers dropout, linear 16384-2048, P, linear 2048-100, P; P is a layer of
+    neurons.
     """
 
     def __init__(self, T=DATASETS["CIFAR10"].T, **settings):
@@ -211,9 +219,9 @@ class CIFAR10Net(SpikingNet):
 
 
 class EventNet(SpikingNet):
-    """number_layer x [conv, P, pool], then two linear layers with P; subclasses name the data set, hence the sensor.
+    """number_layer x [conv, norm, P, pool], then the linear layers; subclasses name the data set, hence the sensor.
 
-    P is a layer of neurons.
+    These are dropout, linear to a quarter, P, dropout, linear to ten for each class, P, where P is a layer of neurons.
 
     Args:
       T: the paper's if None. Frames bring their own number; T says what `interop.export` and `interop.nir` write.

@@ -1,6 +1,6 @@
 """Integrate-and-fire neurons: one pure step, scanned over time.
 
-Every neuron does three things per timestep (Fang et al., 2021, Sec. 3):
+Every neuron does three things per timestep (Fang et al., 2021, Eqs. 2 to 4; the soft reset is SpikingJelly's):
 
     charge  h[t] = f(v[t-1], x[t])
     fire    s[t] = H(h[t] - v_threshold)
@@ -218,10 +218,12 @@ def _leaky(v, x, v_reset, k):
 
 
 class LIF(Neuron):
-    """Leaky integrate and fire: h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau (Fang et al., 2021).
+    """Leaky integrate and fire: h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau (Fang et al., 2021, Eq. 5).
+
+    With soft reset v_reset is 0 there.
 
     Args:
-      tau: membrane time constant in timesteps, above 1 for a leak that leaves something; a setting, fixed when
+      tau: membrane time constant in timesteps, above 1: at 1 the membrane would forget v[t-1]. A setting, fixed when
         compiled: for gradients take `PLIF`.
       (others as in `Neuron`)
 
@@ -238,13 +240,13 @@ class LIF(Neuron):
 
 
 class PLIF(Neuron):
-    """Parametric LIF: the time constant of the layer is learned (Fang et al., 2021).
+    """Parametric LIF: the time constant of the layer is learned (Fang et al., 2021, Eq. 6).
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) k,   k = sigmoid(w) = 1 / tau
 
-    w is one scalar parameter for the whole layer, so tau never falls below 1 whatever the optimiser does (it is 1 in
-    float32 from w = 17 on, in bfloat16 from 6.25). w starts as a float32 number, so under float64 tau starts at
-    init_tau to 7 digits.
+    With soft reset v_reset is 0 there. w, the paper's a, named as in its program, is one scalar parameter for the whole
+    layer, so tau never falls below 1 whatever the optimiser does (it is 1 in float32 from w = 17 on, in bfloat16 from
+    6.25). It starts as a float32 number, so under float64 tau starts at init_tau to 7 digits.
 
     Args:
       init_tau: tau before training, in timesteps, above 1: w starts at -ln(init_tau - 1).

@@ -91,7 +91,7 @@ class Surrogate(nnx.Module):
     A subclass states `primitive` g(x) and `derivative` g'(x); both take arrays of any shape.
 
     Args:
-      alpha: steepness of the primitive, dimensionless.
+      alpha: the number that shapes g, where not said otherwise its steepness.
       learnable: makes alpha a parameter (one scalar), with gradient sum(dL/ds * dg/dalpha).
       param_dtype: of alpha where it is a parameter.
 
@@ -107,7 +107,7 @@ class Surrogate(nnx.Module):
         if np.ndim(value):
             raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")
         if not isinstance(value, jax.core.Tracer) and not _finite(value):
-            raise UserError(f"alpha is {alpha!r}; a surrogate's steepness is a finite number")
+            raise UserError(f"alpha is {alpha!r}; that of a surrogate is a finite number")
         self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else as_setting(alpha)
 
     def primitive(self, x):
@@ -164,7 +164,7 @@ class Sigmoid(Surrogate):
 
 
 class PiecewiseQuadratic(Surrogate):
-    """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha, not 0 (Esser et al., 2016)."""
+    """g' = max(0, alpha - alpha^2 |x|), a triangle of width 2 / alpha; alpha is not 0 (Esser et al., 2016)."""
 
     def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -208,7 +208,7 @@ class SoftSign(Surrogate):
 
 
 class SuperSpike(Surrogate):
-    """g = alpha x / (1 + |x|), g' = alpha / (1 + |x|)^2 (Zenke and Ganguli, 2018)."""
+    """g = alpha x / (1 + |x|), g' = alpha / (1 + |x|)^2, of height alpha (Zenke and Ganguli, 2018, their beta 1)."""
 
     def __init__(self, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -247,7 +247,7 @@ class NonzeroSignLogAbs(Surrogate):
 
 
 class QPseudoSpike(Surrogate):
-    """g' = (1 + 2 |x| / (alpha - 1))^-alpha, heavy tails; alpha is not 1 (Herranz-Celotti and Rouat, 2022)."""
+    """g' = (1 + 2 |x| / (alpha - 1))^-alpha, a tail of exponent alpha, not 1 (Herranz-Celotti and Rouat, 2022)."""
 
     def __init__(self, alpha: float = 2.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -287,7 +287,7 @@ class LogTailedReLU(Surrogate):
 
 
 class S2NN(Surrogate):
-    """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022).
+    """g = sigmoid(alpha x) below 0, beta log(x + 1) + 1/2 above (Suetake et al., S2NN, 2022); beta is not learned.
 
     SpikingJelly's documentation has 1 in place of 1/2, which would jump at 0; its code has 1/2, and g' is the same.
     """
@@ -305,7 +305,7 @@ class S2NN(Surrogate):
 
 
 class LeakyKReLU(Surrogate):
-    """g = alpha x from 0 on, leak x below; SpikingJelly calls alpha k."""
+    """g = alpha x from 0 on, leak x below; leak is not learned; SpikingJelly calls alpha k."""
 
     def __init__(self, leak: float = 0.0, alpha: float = 1.0, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -319,7 +319,7 @@ class LeakyKReLU(Surrogate):
 
 
 class PiecewiseLeakyReLU(Surrogate):
-    """g' = 1 / (2 alpha) where |x| < alpha, else c; SpikingJelly calls alpha w, the half width; it is not 0."""
+    """g' = 1 / (2 alpha) where |x| < alpha, else c; c is not learned; alpha, SpikingJelly's w, is not 0."""
 
     def __init__(self, alpha: float = 1.0, c: float = 0.01, learnable: bool = False, param_dtype=float):
         super().__init__(alpha, learnable, param_dtype)
@@ -336,7 +336,8 @@ class PiecewiseLeakyReLU(Surrogate):
 class SquarewaveFourierSeries(Surrogate):
     """g = 1/2 + 2/pi sum_k sin(k w x) / k, w = 2 pi / alpha, over k = 1, 3, .. 2n - 3: a square wave's first harmonics.
 
-    g' = 4/alpha sum_k cos(k w x); SpikingJelly calls alpha, the period, T_period; it is not 0.
+    g' = 4/alpha sum_k cos(k w x); n, a whole number from 2, gives n - 1 harmonics; alpha, SpikingJelly's T_period, is
+    the period, not 0.
     """
 
     def __init__(self, n: int = 2, alpha: float = 8.0, learnable: bool = False, param_dtype=float):

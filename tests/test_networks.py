@@ -213,7 +213,7 @@ def test_initial_weights_are_within_pytorchs_bounds(cls):
     "conv, fc, said",
     [
         ([networks.neuron], [networks.linear(20), networks.neuron], r"a linear layer .* maps of shape \(4, 4, 2\)"),
-        ([], [networks.flatten, networks.pool], r"pooling takes maps .* shape \(32,\) reach it: put it before flatten"),
+        ([], [networks.flatten, networks.pool], r"pooling takes maps .* shape \(32,\) reach it: maps end at flatten"),
         ([], [networks.flatten, networks.conv(3)], "a convolution takes maps"),
         ([], [networks.flatten, networks.flatten], "flatten takes maps"),
         ([networks.neuron], [], r"the vote takes vectors, but maps of shape \(4, 4, 2\) reach it: put flatten"),
@@ -268,7 +268,7 @@ def test_a_key_of_either_kind_drops_the_same():
 
 @pytest.mark.parametrize(
     "name, parameters, neuron_layers",
-    [  # counted by hand from the paper's Table 1, at its widths
+    [  # counted by hand from the paper's program
         ("MNIST", 9 * 128 + 9 * 128**2 + 4 * 128 + 6272 * 2048 + 2048 * 100 + 4, 4),
         ("CIFAR10", 9 * 3 * 256 + 5 * 9 * 256**2 + 12 * 256 + 16384 * 2048 + 2048 * 100 + 8, 8),
         ("NMNIST", 9 * 2 * 128 + 9 * 128**2 + 4 * 128 + 8192 * 2048 + 2048 * 100 + 4, 4),
@@ -303,7 +303,7 @@ FC_128 = "dropout 0.5, linear 8192-2048, P, dropout 0.5, linear 2048-100, P"
 
 @pytest.mark.parametrize(
     "name, once, each_timestep",
-    [  # the paper's Table 1, layer by layer
+    [  # the paper's program, layer by layer
         (
             "MNIST",
             "conv 1-128, norm",

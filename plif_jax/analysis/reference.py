@@ -1,7 +1,8 @@
 """Curves of other people's runs, such as the paper authors': found, read, and matched to a run of ours.
 
-Two forms are read: CSV as TensorBoard exports it, `run-RUN-tag-TAG.csv` with columns Wall time, Step, Value, and
-TensorBoard's event files in a folder named as the run. A third is the authors' accuracy-B, `accuracy_B/DATASET.csv`.
+Three forms are read: CSV as TensorBoard exports it, `run-RUN-tag-TAG.csv` with columns Wall time, Step, Value;
+TensorBoard's event files in a folder named as the run; and accuracy-B as `accuracy_B/DATASET.csv`, a table with columns
+epoch, val_accuracy and test_accuracy, as can be made of what the authors' program printed.
 """
 
 import csv

@@ -55,7 +55,8 @@ def integrate(events, height, width, T, split_by="number", normalization=None):
         differ in length or are no whole numbers, times that decrease, coordinates outside the sensor, T < 1, or an
         unknown name.
 
-    Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, section 5.1.
+    Reference: Fang et al., ICCV 2021, https://arxiv.org/abs/2007.05785, Eq. 18 of the supplement, for counts by number;
+    slices of time and normalisations are those of the paper's program.
     """
     check_settings(T, split_by, normalization)
     if not all(isinstance(side, int | np.integer) and side >= 1 for side in (height, width)):

@@ -1,9 +1,10 @@
 """SpikingJelly 2's versions of the paper's networks (`activation_based.model.parametric_lif_net`).
 
-They are other networks than the paper's: linear layers have biases, nothing is static (an image is a sequence of T
-equal frames, and batch norm sees every one), CIFAR-10 has a second dropout, hidden widths are fixed, pooling is by
-maximum. They are told here by tables of their own, and keep SpikingJelly's parameter names. As there, the neuron is
-the caller's choice: `spiking_neuron` makes one per spiking layer, e.g. `lambda: PLIF(init_tau=2.0)`.
+They are other networks than those of the paper's program: linear layers have biases, nothing is static (an image is a
+sequence of T equal frames, and batch norm sees every one), pooling is by maximum. As in the paper's Table 6, CIFAR-10
+has a second dropout and CIFAR10-DVS a hidden layer of 512. They are told here by tables of their own, and keep
+SpikingJelly's parameter names. As there, the neuron is the caller's choice: `spiking_neuron` makes one per spiking
+layer, e.g. `lambda: PLIF(init_tau=2.0)`.
 """
 
 from functools import partial

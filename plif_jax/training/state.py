@@ -55,7 +55,10 @@ def network(config):
 
 
 def adam(config, steps_per_epoch):
-    """Adam with lr(epoch) = learning_rate (1 + cos(pi epoch / T_max)) / 2, going on past T_max."""
+    """Adam with lr(epoch) = learning_rate (1 + cos(pi epoch / T_max)) / 2, going on past T_max.
+
+    Reference: Fang et al., 2021, supplement G; Loshchilov and Hutter, SGDR, 2016, https://arxiv.org/abs/1608.03983.
+    """
 
     def rate(step):
         return config.learning_rate * (1 + jnp.cos(jnp.pi * (step // steps_per_epoch) / config.T_max)) / 2

@@ -30,7 +30,15 @@ def sample_keys(config, step, positions_B):
 
 
 def loss_of(config, graphdef, params, batch_stats, x, y, keys, observe=None):
-    """The paper's loss, mean squared error of firing rates against one-hot labels, over batch and classes.
+    """The loss of the paper's program, L = mean over b and i of (r_bi - y_bi)^2.
+
+    r [B, classes] are firing rates, y the labels [B], one-hot. Sec. 3.7 of the paper prints the mean over timesteps of
+    (o_tbi - y_bi)^2 instead, which is larger by the variance of the votes o over time.
+
+    Args:
+      x: a batch as it is stored, images [B, H, W, C] or frames [B, T, H, W, 2].
+      keys: (augmentation keys [B], dropout keys [B]), of `sample_keys`.
+      observe: as for `SpikingNet`.
 
     Returns:
       The loss, and (accuracy, running statistics after the batch).
