@@ -11,6 +11,7 @@ for more -rounds: peers run in turn, and ratios are taken round by round.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,8 +121,10 @@ def main(argv=None):
     # In a process of its own: JAX in this one would hold the device that the peers are to share.
     find = "import jax; print(jax.default_backend())"
     found = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True)
+    told = found.stderr.splitlines()
+    errors = [line for line in told if re.match(r"[\w.]+Error: .", line)]
     if found.returncode:
-        why = (found.stderr.splitlines() or [f"status {found.returncode}"])[-1]
+        why = (errors or told or [f"status {found.returncode}"])[-1]
         raise UserError(f"JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {why}")
     backend = found.stdout.strip()
     gpu = backend == "gpu"
@@ -141,6 +144,8 @@ def main(argv=None):
         networks += ["CIFAR10", "CIFAR10DVS", "DVS128Gesture"]
     here = machine()
     print(f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, load {here['load']:.1f}; JAX on {backend}")
+    if errors:  # an accelerator's, which JAX goes on without
+        print(f"JAX could not start all it found: {errors[-1]}")
     if here["load"] > here["cores"] / 4:
         print("other programs are running: PyTorch's threads then wait for one another, and ratios flatter us")
     print(f"{report.LEGEND}\n{report.HEADER}")

@@ -47,10 +47,14 @@ def run(main):
             _leave(READER_GONE)
         if isinstance(error, OSError) and error.errno in PATH_ERRNOS:
             _refuse(f"{error.filename or 'a file, or standard output'}: {error.strerror}")
-        of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        full = "RESOURCE_EXHAUSTED" in str(error) or "OUT_OF_MEMORY" in str(error)  # XLA's word, and CUDA's
+        of_device = isinstance(error, jax.errors.JaxRuntimeError) and full
         if of_device or isinstance(error, MemoryError):
             whose = "a device" if of_device else "this machine"
-            _refuse(f"{whose}'s memory is full; a smaller batch, T or width takes less ({first_line(error)})")
+            _refuse(
+                f"{whose}'s memory is full, of this program or of others beside it; a smaller batch, T or width takes "
+                f"less ({first_line(error)})"
+            )
         traceback.print_exc()
         _leave(1)
 

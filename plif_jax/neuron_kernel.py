@@ -38,7 +38,7 @@ def fits(step, T, params, v, x):
     """Whether a step can run as a kernel on currents x [T or 1, ...] from membranes v, None at rest."""
     if x.ndim < 2 or not 0 < T <= HELD or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    if not 0 < T * x[0].size < 2**31:
+    if not 0 < x[0].size < 2**31 - 4 * THREADS:  # places in a row are counted in 32 bits, beyond its end too
         return False
     if v is not None and (v.shape != x.shape[1:] or v.dtype != jnp.float32):
         return False
@@ -126,15 +126,15 @@ def _loaded(array, rows, T):
 
 
 class _Rows:
-    """What a block of neurons sees of an array [rows, N], which lies in memory as one row."""
+    """What a block of neurons sees of an array [rows, N]."""
 
     def __init__(self, ref, N, block):
-        self.ref, self.N, self.block = ref, N, block
+        self.ref, self.block = ref, block
         self.first = pl.program_id(0) * block
         self.inside = self.first + jnp.arange(block, dtype=jnp.int32) < N
 
     def _mine(self, row):
-        return self.ref.at[pl.ds(row * self.N + self.first, self.block)]
+        return self.ref.at[jnp.int32(row), pl.ds(self.first, self.block)]
 
     def __getitem__(self, row):
         return plgpu.load(self._mine(row), mask=self.inside, other=0)
@@ -173,7 +173,7 @@ def _call(kernel, T, params, v, affine, arrays, results, sums=0, places=()):
     tables, C = [table.reshape(-1).astype(jnp.float32) for table in affine or ()], x.shape[-1]
     # A number for all membranes is part of the program: nothing is read for it.
     before = len(scalars) + len(tables) + (1 if jnp.ndim(v) else 0)
-    arrays = [array.reshape(-1) for array in ([v] if jnp.ndim(v) else []) + arrays]
+    arrays = [array.reshape(-1, N) for array in ([v] if jnp.ndim(v) else []) + arrays]
 
     def on_block(*refs):
         values = [jnp.full(block, ref[0]) for ref in refs[: len(scalars)]]
@@ -187,7 +187,7 @@ def _call(kernel, T, params, v, affine, arrays, results, sums=0, places=()):
 
     # `jax.shard_map` asks along which of its axes a result differs: as x does.
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type)
-    shapes = [shape_of((count * N,), dtype) for count, dtype in results]
+    shapes = [shape_of((count, N), dtype) for count, dtype in results]
     shapes += [shape_of((blocks,), jnp.float32)] * sums
     call = pl.pallas_call(
         on_block,

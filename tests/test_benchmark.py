@@ -52,6 +52,32 @@ def test_a_row_names_ratio_and_target():
     assert axes.get_xlim()[0] < 1 and axes.get_xlim()[1] > 3
 
 
+@pytest.mark.parametrize(
+    "found, target, said",
+    [(0.5012, ratios.Target(0.5, at_most=True), "0.501"), (1.9996, ratios.Target(2), "1.9996"), (2, None, "2.00")],
+)
+def test_a_ratio_is_told_on_its_side_of_the_target(found, target, said):
+    seconds = {"ours": [1.0], "peer": [found]}
+    assert f" {said} " in report.line(ratios.row("case", seconds, "ours", "peer", target=target))
+
+
+@pytest.mark.parametrize(
+    "why, said",
+    [
+        ("JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory", False),
+        ("JaxRuntimeError: INTERNAL: cuDNN", True),
+        (None, False),
+    ],
+)
+def test_what_else_than_memory_bounds_a_batch_is_told(why, said):
+    told = []
+    seconds = {"ours": [1.0], "SpikingJelly multi-step": [2.0]}
+    facts = {name: {"samples": 32, "batch": 32, "larger": None} for name in seconds}
+    facts["ours"]["larger"] = why
+    suites._tell_rates(SimpleNamespace(tell=told.append), "train batch=largest", seconds, facts, {})
+    assert report.line(told[0]).endswith(f"not memory, but ours: {why}") is said
+
+
 def test_spread_is_zero_on_a_quiet_machine_and_grows():
     assert ratios.spread([1.0]) == ratios.spread([2.0, 2.0, 2.0]) == 0
     assert ratios.spread([1, 2, 3, 4, 5]) == pytest.approx(1 / 3)
@@ -114,6 +140,18 @@ def test_a_backend_that_does_not_start_says_why(monkeypatch):
         benchmark.main(["neuron"])
 
 
+def test_an_accelerator_that_jax_goes_on_without_is_told_why(monkeypatch, tmp_path, capsys):
+    told = "Traceback (most recent call last):\nRuntimeError: Unable to load cuPTI.\nAssertionError\n"
+    failed = SimpleNamespace(returncode=1, stdout="", stderr=told)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match=r"JAX does not start .*: RuntimeError: Unable to load cuPTI\."):
+        benchmark.main(["neuron"])
+    failed.returncode, failed.stdout = 0, "cpu\n"
+    monkeypatch.setattr(benchmark.suites, "neuron", lambda *_, **__: None)
+    benchmark.main(["neuron", "-out", str(tmp_path)])
+    assert "JAX could not start all it found: RuntimeError: Unable to load cuPTI.\n" in capsys.readouterr().out
+
+
 def test_memory_tells_how_it_grows_with_T(monkeypatch):
     peaks = {4: {"ours": 10.0, "theirs": 20.0}, 8: {"ours": 12.0}, 32: {"ours": 40.0, "theirs": 120.0}}
     monkeypatch.setattr(suites, "_peaks", lambda bench, name, T, target: peaks[T])
@@ -138,7 +176,7 @@ def test_devices_and_versions_are_said_once():
     [("gpu", [16, "largest"], ["float32", "bfloat16"]), ("cpu", [16], ["float32"])],
 )
 def test_a_gpu_is_measured_with_more_batches_and_precisions(tmp_path, monkeypatch, backend, batches, precisions):
-    found = SimpleNamespace(returncode=0, stdout=backend)
+    found = SimpleNamespace(returncode=0, stdout=backend, stderr="")
     monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: found)
     asked = {}
     monkeypatch.setattr(suites, "train", lambda bench, **what: asked.update(what))

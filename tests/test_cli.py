@@ -47,14 +47,20 @@ def ended(monkeypatch, capfd):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more"),
             2,
-            "train.py: a device's memory is full; a smaller batch, T or width takes less "
-            "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)\n",
+            "train.py: a device's memory is full, of this program or of others beside it; a smaller batch, T or width "
+            "takes less (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: failed call: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+            2,
+            "train.py: a device's memory is full, of this program or of others beside it; a smaller batch, T or width "
+            "takes less (INTERNAL: failed call: CUDA_ERROR_OUT_OF_MEMORY: out of memory)\n",
         ),
         (
             MemoryError("Unable to allocate 2.10 TiB"),
             2,
-            "train.py: this machine's memory is full; a smaller batch, T or width takes less "
-            "(Unable to allocate 2.10 TiB)\n",
+            "train.py: this machine's memory is full, of this program or of others beside it; a smaller batch, T or "
+            "width takes less (Unable to allocate 2.10 TiB)\n",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "c.py"), 2, "train.py: c.py: File name too long\n"),
         (

@@ -198,8 +198,8 @@ def test_what_does_not_fit_is_scanned(neuron, T, N, dtype, whether, kernels):
         np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])
 
 
-@pytest.mark.parametrize("N, whether", [(2**29 - 1, True), (2**29, False)])
-def test_places_are_counted_in_32_bits(N, whether):
+@pytest.mark.parametrize("N, whether", [(2**31 - 2**9 - 1, True), (2**31 - 2**9, False)])
+def test_places_of_a_timestep_are_counted_in_32_bits(N, whether):
     graphdef, params, other = nnx.split(neurons.PLIF(), neurons._floats, ...)
 
     def check(x):

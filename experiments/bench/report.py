@@ -16,7 +16,8 @@ def line(row):
     verdict = "" if row["met"] is None else ("met" if row["met"] else "MISSED")
     return (
         f"{row['case']:<52} {row['against']:<32} {_figure(row['ours_s'], row):>10} {_figure(row['theirs_s'], row):>10} "
-        f"{row['ratio']:7.2f}  {row['target'] or '':<8} {verdict:<6} {row['rounds']:3d} {row['spread']:5.0%}"
+        f"{_ratio(row):>7}  {row['target'] or '':<8} {verdict:<6} {row['rounds']:3d} {row['spread']:5.0%}"
+        + (f"  not memory, but {row['stopped']}" if "stopped" in row else "")
     )
 
 
@@ -29,6 +30,20 @@ LEGEND = (
 HEADER = (
     f"{'case':<52} {'against':<32} {'ours':>10} {'theirs':>10} {'ratio':>7}  {'target':<8} {'':<6} {'n':>3} {'±':>5}"
 )
+
+
+def _ratio(row):
+    """A ratio in two decimals, or in as many as tell it from its target."""
+    found, target = row["ratio"], _target(row)
+    for digits in range(2, 6):
+        text = f"{found:.{digits}f}"
+        if float(text) != target or found == target:
+            break
+    return text
+
+
+def _target(row):
+    return float(row["target"].split()[1]) if row["target"] else None
 
 
 def _figure(value, row):
@@ -64,7 +79,7 @@ def chart(rows, machine, peers):
     fig, ax = figure(width=9, height=1.4 + 0.3 * max(len(rows), 1))
     colors = {None: "tab:gray", True: COLORS[0], False: COLORS[1]}
     for y, row in enumerate(rows):
-        target = float(row["target"].split()[1]) if row["target"] else None
+        target = _target(row)
         ax.barh(y, row["ratio"] - 1, left=1, color=colors[row["met"]], height=0.7)
         if target:
             ax.plot(2 * [target], [y - 0.4, y + 0.4], color="black", linewidth=2)
@@ -73,7 +88,7 @@ def chart(rows, machine, peers):
         white = {"facecolor": "white", "linewidth": 0, "pad": 1}
         text = {"color": colors[row["met"]], "bbox": white, "fontsize": 7}
         at = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
-        ax.annotate(f"{row['ratio']:.2f}", (row["ratio"], y), **at, **text)
+        ax.annotate(_ratio(row), (row["ratio"], y), **at, **text)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['case']} : {row['against']}" for row in rows], fontsize=7)
     ax.invert_yaxis()

@@ -1,6 +1,7 @@
 """The suites: which peers run what, and which ratios are told."""
 
 import contextlib
+import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,9 @@ FRAMES_EVENTS = 2_000_000
 
 # Of a peer of ours that has the device to itself: nearly all of its memory, as PyTorch takes it.
 WHOLE_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
+# How XLA, CUDA and PyTorch say that a device's memory is full.
+FULL = "RESOURCE_EXHAUSTED|OUT_OF_MEMORY|OutOfMemoryError"
 
 
 @dataclass
@@ -169,7 +173,10 @@ def _tell_rates(bench, case, seconds, facts, targets):
         target = targets.get(n.rsplit(" ", 1)[1])
         samples = {f"samples_per_s_{who}": 1 / statistics.median(per_sample[who]) for who in ("ours", n)}
         found = case.replace("largest", f"{facts['ours']['batch']} / {facts[n]['batch']}")
-        bench.tell(row(found, per_sample, "ours", n, target=target, **samples))
+        larger = {who: facts[who].get("larger") for who in ("ours", n)}  # why they run no larger batch
+        others = [f"{who}: {why}" for who, why in larger.items() if why and not re.search(FULL, why)]
+        stopped = {"stopped": "; ".join(others)} if others else {}
+        bench.tell(row(found, per_sample, "ours", n, target=target, **samples, **stopped))
 
 
 def _tell_share(bench, case, seconds, facts, target):
