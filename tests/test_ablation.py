@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -184,3 +185,24 @@ def test_data_that_are_not_there_are_missed_before_anything_is_trained(flags, mo
     monkeypatch.setattr(ablation, "train", lambda run: pytest.fail("trained"))
     with pytest.raises(UserError, match="nowhere is not a folder"):
         ablation.main(["-datasets", "Digits", "NMNIST", *flags, "-data_root", "nowhere", "-cache_dir", str(tmp_path)])
+
+
+def test_the_mean_of_seeds_reaches_as_far_as_all_of_them(flags):
+    runs = ablation.plan(["MNIST"], [1, 2], flags)["MNIST", "LIF, tau = 2"]
+    for run, epochs, best in zip(runs, (3, 5), (0.8, 0.9), strict=True):
+        finish(run, best, epochs)
+    assert ablation.mean_metrics(runs)["test_accuracy"] == [(epoch, pytest.approx(0.85)) for epoch in range(3)]
+
+
+def test_the_settings_of_another_data_set_are_refused(flags):
+    config = Path(__file__).parents[1] / "configs/nmnist.py"
+    with pytest.raises(UserError, match="-config is for NMNIST, -datasets names MNIST; give the one or the other"):
+        ablation.plan(["MNIST"], [1], ["-config", str(config), *flags])
+
+
+def test_a_note_is_of_the_data_set_that_it_is_about(flags):
+    runs = ablation.plan(["MNIST", "FashionMNIST"], [1], flags)
+    finish(runs["MNIST", "LIF, tau = 2"][0], samples={"train": 1000, "test": 10000})
+    notes = ablation.notes(runs)
+    told = "of 60000 samples for training ours had 1000"
+    assert f"note: MNIST: {told}" in notes and f"note: FashionMNIST: {told}" not in notes

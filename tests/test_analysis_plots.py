@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -246,3 +248,13 @@ def test_of_no_samples_no_accuracy_is_told(ax):
 def test_a_confusion_that_happened_is_never_called_zero(ax, others, said):
     plots.confusion_matrix(ax, [[others, 1], [0, 1]])
     assert [text.get_text() for text in ax.texts][1] == said
+
+
+def test_a_rate_is_written_on_the_row_that_shows_it(ax):
+    layers = {name: SimpleNamespace(firing_rate=np.full((3, 1), rate)) for name, rate in (("a", 0.2), ("b", 0.1))}
+    plots.firing_rates(ax, layers)
+    (image,) = ax.images
+    *_, bottom, top = image.get_extent()
+    for text in ax.texts:
+        row = int((text.get_position()[1] - top) / (bottom - top) * 2)
+        assert text.get_text() == f"{image.get_array()[row, 0]:.1f}"

@@ -294,3 +294,37 @@ def test_an_array_on_the_host_is_recorded_in_parts(net, frames, monkeypatch):
     rates, _ = recording.record(net, np.asarray(frames), 0, batch_size=2)
     assert parts == [2, 1]
     np.testing.assert_allclose(rates, recording.record(net, frames, 0)[0], rtol=1e-6)
+
+
+def small(static, dtype=None):
+    first = [networks.conv(2)]
+    table = {
+        "static_conv": first if static else [],
+        "conv": [networks.neuron] if static else [*first, networks.neuron],
+        "fc": [networks.flatten, networks.linear(4), networks.neuron],
+    }
+    return networks.SpikingNet(table, (4, 4, 1), 2, T=2, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def test_rates_of_a_bfloat16_network_are_counted_in_float32():
+    _, layers = recording.record(small(False, jnp.bfloat16), np.ones((2, 1, 4, 4, 1), np.float32), 0)
+    assert {str(a.dtype) for record in layers.values() for a in (record.firing_rate, record.neuron_rate)} == {"float32"}
+
+
+def test_a_negative_value_of_a_frame_costs_as_many_operations_as_a_positive_one():
+    x = jnp.ones((2, 3, 4, 4, 1))
+    positive, negative = (operations.count(small(False), sign * x)["conv.0"].accumulates for sign in (1, -1))
+    np.testing.assert_array_equal(positive, negative)
+    assert (positive > 0).all()
+
+
+def test_whole_frames_are_accumulated_in_the_static_part_too():
+    counted = operations.count(small(True), jnp.ones((2, 3, 4, 4, 1)))["static_conv.0"]
+    assert (counted.accumulates == 2 * counted.dense).all() and not counted.multiply_accumulates.any()
+
+
+def test_fan_outs_beyond_bfloat16_s_whole_numbers_are_counted():
+    fc = [networks.flatten, networks.linear(257), networks.neuron, networks.linear(2), networks.neuron]
+    table = {"static_conv": [], "conv": [], "fc": fc}
+    net = networks.SpikingNet(table, (1, 1, 2), 2, T=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(operations.fan_out(net.fc[1], (2,)), [257, 257])

@@ -1,6 +1,8 @@
 """Archives of event data sets are unpacked once, whole or not at all, and in their folder."""
 
+import contextlib
 import io
+import os
 import shutil
 import tarfile
 import time
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from event_files import numbers, pack, write_cifar10dvs, write_nmnist
 
-from plif_jax.data import archives, events, recordings
+from plif_jax.data import archives, events, recordings, storage
 from plif_jax.errors import UserError
 
 
@@ -229,3 +231,40 @@ def test_a_time_that_is_none_is_told_in_a_line(tmp_path):
         packed.addfile(member)
     with pytest.raises(UserError, match=r"a\.tar: the archive is truncated or damaged \(.*\): fetch it again"):
         archives.unpacked(archive, tmp_path / "cache")
+
+
+def test_archives_within_an_archive_are_removed_once_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "cat.zip", "w") as packed:
+        packed.writestr("cat/cat_0.aedat", b"")
+    with zipfile.ZipFile(tmp_path / "CIFAR10DVS.zip", "w") as packed:
+        packed.write(tmp_path / "cat.zip", "cat.zip")
+    (tmp_path / "cat.zip").unlink()
+    recordings.find("CIFAR10DVS", tmp_path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.zip"))
+
+
+def test_an_archive_that_takes_the_place_of_another_of_its_size_is_unpacked(tmp_path):
+    for content in (b"12345", b"54321"):
+        with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
+            packed.writestr("Train/0/1.bin", content)
+        os.utime(tmp_path / "Train.zip", (int(content), int(content)))
+        folder = archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
+        assert (folder / "Train/0/1.bin").read_bytes() == content
+
+
+def test_a_zip_without_times_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Train.zip", "w") as packed:
+        packed.writestr(zipfile.ZipInfo("Train/0/1.bin", (1980, 0, 0, 0, 0, 0)), b"12345")
+    folder = archives.unpacked(tmp_path / "Train.zip", tmp_path / "cache")
+    assert (folder / "Train/0/1.bin").read_bytes() == b"12345"
+
+
+def test_what_another_program_made_while_one_waited_is_not_made_again(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def waited_for(path):
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "theirs").touch()
+        yield
+
+    monkeypatch.setattr(storage, "locked", waited_for)
+    storage.made(tmp_path / "made", lambda partial: pytest.fail("made again"))

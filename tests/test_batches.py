@@ -1,5 +1,6 @@
 """Batches: pure functions of (seed, epoch, step), the same from device memory and from disk."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -109,3 +110,26 @@ def test_device_memory_and_disk_give_the_same_batches(devices):
     resident, streamed = (seen(batches.Feed(part.split, chosen, on)) for on in ("yes", "no"))
     assert resident == streamed
     assert sorted(np.concatenate([x for x, _ in resident]).ravel()) == list(range(40))
+
+
+def test_samples_are_chosen_in_the_order_of_the_file_where_classes_tie():
+    y = np.repeat(np.arange(10), 100)
+    assert batches.spread(y, 15).tolist() == sorted([*range(0, 1000, 100), *range(1, 500, 100)])
+
+
+@pytest.mark.parametrize("what, other", [("y", lambda y: y[::-1].copy()), ("x", lambda x: x.view(np.int8))])
+def test_the_digest_of_samples_is_of_labels_and_types_too(what, other):
+    part = samples(40)
+    changed = dataclasses.replace(part.split, **{what: other(getattr(part.split, what))})
+    assert batches.digest(part) != batches.digest(dataclasses.replace(part, split=changed))
+
+
+def test_a_set_of_one_batch_is_trained_on():
+    dataset = Dataset("MNIST", split_of(16), split_of(10), "here")
+    assert len(batches.partition(Config(dataset_name="MNIST"), dataset)["train"]) == 16
+
+
+@pytest.mark.parametrize("on_device", ["yes", "no"])
+def test_what_fills_a_batch_up_is_told_wherever_data_lie(on_device):
+    *_, told = batches.Feed(split_of(8), jax.devices()[:2], on_device).take(np.array([[3, 5, -1, -1]]))
+    assert (told >= 0).tolist() == [[[True, True]], [[False, False]]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from event_files import random_events, write_aedat2, write_nmnist
+from event_files import random_events, write_aedat2, write_aedat3, write_nmnist
 from image_sets import write_idx_set
 from matplotlib.image import imread
 
@@ -147,3 +147,26 @@ def test_the_command_line(here):
     assert good.returncode == 0 and "30 of 60000" in good.stdout and (here / "NMNIST.png").is_file(), good.stderr
     bad = subprocess.run([*command, "NMNIST", "--data_root", "nowhere"], **options)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nowhere is not a folder" in bad.stderr
+
+
+def test_one_half_alone_is_told_as_a_part(here):
+    write_nmnist(here / "data", train=0)
+    said = checks.check("NMNIST", here / "data", here / "cache")
+    assert "0 of 60000 for training, 20 of 10000 for testing: in part" in said
+
+
+def test_one_half_of_an_image_set_alone_is_told_as_a_part(here):
+    write_idx_set(here / "MNIST")
+    for file in (here / "MNIST").glob("train-*"):
+        file.unlink()
+    said = checks.check("MNIST", here, here / "cache")
+    assert "0 of 60000 for training, 20 of 10000 for testing: in part" in said
+
+
+def test_a_file_of_several_gestures_is_counted_once(here):
+    root = here / "data" / "DvsGesture"
+    write_aedat3(root / "user01_led.aedat", random_events(0, 500, 128, 128))
+    (root / "trials_to_train.txt").write_text("user01_led.aedat\n")
+    (root / "user01_led_labels.csv").write_text("class,startTime_usec,endTime_usec\n1,0,30000\n2,40000,80000\n")
+    said = checks.check("DVS128Gesture", here / "data", here / "cache")
+    assert "2 of 1176 for training" in said and "\n1 files, 0.0 MB" in said

@@ -1,20 +1,18 @@
-"""Checkpoints and curves by themselves: written beside the training, kept, examined, and mended where they can be."""
+"""Checkpoints by themselves: written beside the training, kept, examined, and mended where they can be."""
 
 import dataclasses
 import errno
-import json
 import shutil
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from plif_jax.config import Config
 from plif_jax.errors import UserError
-from plif_jax.training import checkpoint, logs
+from plif_jax.training import checkpoint
 
 CONFIG = Config(dataset_name="Digits")
 
@@ -222,52 +220,6 @@ def test_a_network_is_loaded_though_the_run_removes_its_checkpoint_meanwhile(tmp
     assert reached == (["10"] if removed == "the whole" else ["5", "10"])
 
 
-def test_damaged_lines_cost_no_others_and_the_count_stays(tmp_path):
-    written = logs.Logs(tmp_path)
-    for step in range(6):
-        written.add("train_loss", step / 8, step)
-    path = tmp_path / logs.FILE
-    lines = path.read_bytes().splitlines()
-    lines[1] = b'{"tag": "tr\xff'
-    path.write_bytes(b"\n".join(lines[:5]) + b"\n" + lines[5][:9])  # and the last is half a line
-    with pytest.raises(
-        UserError, match=r"is damaged in line 2 .*; the command that trained the run leaves the line out"
-    ):
-        logs.read_metrics(tmp_path)
-    said = []
-    continued = logs.Logs(tmp_path, 5, said.append)
-    assert len(said) == 1 and "1 of 5 points are lost" in said[0]
-    assert continued.points == 5 and [at for at, _ in logs.read_metrics(tmp_path)["train_loss"]] == [0, 2, 3, 4]
-    continued.add("train_loss", 1, 5)
-    assert logs.Logs(tmp_path, 5, said.append).points == 5  # a checkpoint counts what it counted before
-    assert [at for at, _ in logs.read_metrics(tmp_path)["train_loss"]] == [0, 2, 3, 4]
-
-
-def test_curves_that_are_gone_are_not_called_damaged(tmp_path):
-    said = []
-    logs.Logs(tmp_path / "run", 5, said.append)
-    (line,) = said
-    assert "is gone, and with it 5 points; to begin anew remove" in line and str(tmp_path / "pt_run") in line
-
-
-def test_curves_without_a_checkpoint_are_set_aside(tmp_path):
-    for value in (0.25, 0.5):
-        logs.Logs(tmp_path, say=lambda line: None).add("train_loss", value, 0)
-    logs.Logs(tmp_path, say=lambda line: None)
-    assert not logs.read_metrics(tmp_path)
-    aside = [json.loads((tmp_path / f"metrics_{i}.jsonl").read_text())["value"] for i in (1, 2)]
-    np.testing.assert_array_equal(aside, [0.25, 0.5])
-
-
-def test_event_files_of_others_are_left_alone(tmp_path):
-    """The paper's program writes into a folder of the same name."""
-    (tmp_path / "events.out.tfevents.1.theirs").write_bytes(b"theirs")
-    for points in (None, 0):
-        logs.Logs(tmp_path, points)
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
-    assert (tmp_path / "events.out.tfevents.1.theirs").read_bytes() == b"theirs"
-
-
 def test_a_step_saved_again_replaces_what_was_saved(tmp_path):
     with checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(state_of(5), {"epoch": 0}, -1.0)
@@ -337,3 +289,57 @@ def test_a_step_that_cannot_be_saved_again_is_still_the_last_good_one(tmp_path, 
     checkpoints.wait()
     checkpoints._lock.close()
     assert restored(tmp_path) == (10, [])
+
+
+def test_a_run_does_not_go_on_with_another_learning_rate(tmp_path):
+    fill(tmp_path, [5])
+    other = dataclasses.replace(CONFIG, T_max=32)
+    with (
+        checkpoint.Checkpoints(tmp_path, other) as checkpoints,
+        pytest.raises(UserError, match="T_max was 64, is 32"),
+    ):
+        checkpoints.restore(state_of(0))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The steps whose checkpoints are read; reading ends there."""
+    steps = []
+
+    def read(path, template):
+        steps.append(int(path.name))
+        raise UserError("enough")
+
+    monkeypatch.setattr(checkpoint, "_read_state", read)
+    return steps
+
+
+def test_of_equal_scores_the_later_is_the_best(run, asked):
+    fill(run.checkpoint_dir, (5, 10))
+    with pytest.raises(UserError):
+        checkpoint.load_network(run.run_dir)
+    assert asked[0] == 10
+
+
+def test_a_run_is_read_through_a_link(run, tmp_path, asked):
+    fill(run.checkpoint_dir, [5])
+    (tmp_path / "link").symlink_to(run.run_dir)
+    with pytest.raises(UserError):
+        checkpoint.load_network(tmp_path / "link")
+    assert asked == [5]
+
+
+def unsealed(folder):
+    (folder / checkpoint.SEAL).unlink()
+
+
+def damaged_progress(folder):
+    (folder / "metrics" / "metrics").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [unsealed, damaged_progress])
+def test_a_last_checkpoint_without_its_seal_or_progress_is_damaged_and_kept(tmp_path, damage):
+    fill(tmp_path, (5, 10))
+    damage(tmp_path / "10")
+    step, (said,) = restored(tmp_path)
+    assert step == 5 and "checkpoint of step 10 is damaged" in said and (tmp_path / "damaged_10").is_dir()

@@ -12,7 +12,7 @@ import pytest
 
 from plif_jax import cli
 from plif_jax.errors import UserError
-from plif_jax.training.signals import Interrupted
+from plif_jax.training.signals import Interrupted, Stop
 
 PRINT_MUCH = "from plif_jax import cli; cli.run(lambda argv: [print('line', i) for i in range(100_000)])"
 
@@ -126,3 +126,21 @@ def test_a_reader_who_has_seen_enough_ends_it_quietly():
     program.stdout.readline()
     program.stdout.close()
     assert (program.stderr.read(), program.wait(60)) == (b"", 141)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_under_standard_output_is_told():
+    program = "from plif_jax import cli\ncli.run(lambda argv: print('much'))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=buffered
+        )
+    assert ended.returncode == 2 and "standard output: No space left on device" in ended.stderr
+
+
+def test_the_first_signal_says_how_a_program_ends():
+    stop = Stop()
+    stop._ask(signal.SIGTERM, None)
+    stop._ask(signal.SIGINT, None)
+    assert stop.signum == signal.SIGTERM

@@ -234,3 +234,12 @@ def test_a_run_that_was_run_twice_is_not_mixed(tmp_path):
     with pytest.raises(UserError, match=rf"run more than once: give one of .*seed_1/{config.run_name}, .*seed_2/"):
         reference.load(tmp_path, config)
     assert reference.load(tmp_path / "seed_1", config).metrics == {"test_accuracy": [(0, 0.5)]}
+
+
+def test_of_a_step_in_several_files_the_last_written_counts(tmp_path):
+    paths = []
+    for i, (time, value) in enumerate([(200, 0.75), (100, 0.5)]):
+        paths.append(tmp_path / str(i) / f"run-{Config(**SETTINGS).run_name}-tag-test_accuracy.csv")
+        paths[i].parent.mkdir()
+        paths[i].write_text(f"Wall time,Step,Value\n{time},0,{value}\n")
+    assert reference.read(paths) == {"test_accuracy": [(0, 0.75)]}

@@ -244,3 +244,16 @@ def test_a_configuration_that_does_not_run_is_told_in_a_line(tmp_path, text, sai
     with pytest.raises(UserError) as error:
         parse(["-config", str(tmp_path / "c.py")])
     assert str(error.value).endswith(said)
+
+
+def test_a_switch_is_on_however_its_true_is_written():
+    assert parse(["-dataset_name", "MNIST", "-use_plif", "True"]).use_plif
+
+
+def test_a_seed_fits_what_draws_from_it():
+    with pytest.raises(UserError, match="-seed 4294967296: seed must be below 4294967296"):
+        parse(["-dataset_name", "MNIST", "-seed", str(2**32)])
+
+
+def test_a_network_may_be_as_narrow_as_its_linear_layer_allows():
+    assert Config(dataset_name="NMNIST", channels=1, number_layer=4).channels == 1

@@ -143,3 +143,10 @@ def test_a_kernel_s_gradient_comes_before_its_input_s():
         lowered = jax.jit(lambda x, k, g: jax.vjp(convolution.conv3x3, x, k)[1](g)).trace(x, kernel, g)
         text = lowered.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("stablehlo.optimization_barrier") == barriers
+
+
+def test_a_kernel_s_gradient_in_bfloat16_is_summed_in_float32_over_the_images():
+    x, g = (jax.random.normal(jax.random.key(i), (64, 8, 8, 2 + 6 * i), jnp.bfloat16) for i in range(2))
+    given = convolution._kernel_gradient_by_patches(x, g)
+    exact = convolution._kernel_gradient_by_patches(x.astype(jnp.float32), g.astype(jnp.float32))
+    assert (given == exact.astype(jnp.bfloat16)).mean() > 0.99

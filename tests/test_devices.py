@@ -59,3 +59,17 @@ def test_what_is_compiled_for_an_accelerator_is_kept(tmp_path, platform, chosen,
         assert jax.config.jax_compilation_cache_dir == (str(tmp_path / "compiled") if kept else chosen)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_device_named_twice_is_one(settings):
+    assert devices.choose(settings(device="cpu:1,1")) == jax.devices()[1:2]
+
+
+def test_a_device_beyond_the_last_is_told(settings):
+    with pytest.raises(UserError, match="there is no cpu:4; this machine has cpu:0 to 3"):
+        devices.choose(settings(device="cpu:4"))
+
+
+def test_a_batch_of_fewer_samples_than_devices_is_told(settings):
+    with pytest.raises(UserError, match="-batch_size 3 does not divide among 4 devices; give 4, or fewer"):
+        devices.choose(settings(batch_size=3, device="cpu"))

@@ -74,3 +74,8 @@ def test_digits_stand_upright():
 def test_what_five_bytes_cannot_hold_is_refused(tmp_path, change, says):
     with pytest.raises(UserError, match=says):
         digits.write_recording(tmp_path / "1.bin", {"t": [0], "x": [0], "y": [0], "p": [0]} | change)
+
+
+def test_a_coordinate_below_zero_is_no_byte(tmp_path):
+    with pytest.raises(UserError, match=r"x must lie in 0\.\.255, not -1\.\.-1"):
+        digits.write_recording(tmp_path / "1.bin", {"t": [0], "x": [-1], "y": [0], "p": [0]})

@@ -98,3 +98,10 @@ def test_a_full_disk_is_not_taken_for_a_bad_answer(tmp_path, monkeypatch):
 def test_what_cannot_be_fetched_says_which_file_to_put_where(tmp_path):
     with pytest.raises(UserError, match=r"Put ICCV2019_DVS_dataset\.zip .* into DATA/ASLDVS"):
         downloads.fetch("ASLDVS", tmp_path)
+
+
+def test_an_archive_that_was_begun_and_is_empty_is_fetched_anew(tmp_path, monkeypatch, server):
+    offer(monkeypatch, server + "/good")
+    (tmp_path / "downloads" / "NMNIST").mkdir(parents=True)
+    (tmp_path / "downloads" / "NMNIST" / "Train.zip").touch()
+    assert (downloads.fetch("NMNIST", tmp_path) / "Train.zip").read_bytes() == CONTENT

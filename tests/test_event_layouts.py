@@ -320,3 +320,32 @@ def test_the_parts_of_a_large_frame_stay_small():
     )
     assert max(len(job["recordings"]) for job in jobs) * 20 * 128 * 128 * 2 <= event_cache.PART_BYTES
     assert [r for job in jobs for r in job["recordings"]] == [recordings.Recording(str(i), 0) for i in range(1000)]
+
+
+def test_a_file_called_as_the_set_hides_no_folder(tmp_path):
+    write_nmnist(tmp_path)
+    (tmp_path / "nmnist").write_text("where I got it")
+    assert len(recordings.find("NMNIST", tmp_path, tmp_path).train) == 30
+
+
+def test_what_lies_unpacked_comes_before_a_download_of_the_same(tmp_path):
+    for folder in ("download", "extract"):
+        write_nmnist(tmp_path / "NMNIST" / folder)
+    assert recordings.find("NMNIST", tmp_path, tmp_path).folder.name == "extract"
+
+
+def test_gestures_come_by_class_and_name_in_whatever_order_they_are_listed(tmp_path):
+    root, names = tmp_path / "DvsGesture", ["user02_led", "user01_led"]
+    root.mkdir()
+    (root / "trials_to_train.txt").write_text("".join(f"{name}.aedat\n" for name in names))
+    for name in names:
+        (root / f"{name}.aedat").touch()
+        (root / f"{name}_labels.csv").write_text("class,startTime_usec,endTime_usec\n2,0,10\n1,20,30\n")
+    found = [(r.label, Path(r.path).stem) for r in recordings.find("DVS128Gesture", tmp_path, tmp_path).train]
+    assert found == [(label, name) for label in (0, 1) for name in sorted(names)]
+
+
+def test_one_recording_in_an_archive_is_a_set(tmp_path):
+    with zipfile.ZipFile(tmp_path / "ASLDVS.zip", "w") as packed:
+        packed.writestr("a/a_0001.mat", b"")
+    assert len(recordings.find("ASLDVS", tmp_path, tmp_path / "cache").train) == 1

@@ -1,10 +1,15 @@
 """Every form of recording gives back the events that were written; a damaged file is named with what is wrong."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from event_files import random_events, write_aedat2, write_aedat3
+from scipy.io import savemat
 
-from plif_jax.data import digits, event_readers
+from plif_jax.data import digits, event_readers, matlab
 from plif_jax.errors import UserError
 
 
@@ -166,3 +171,67 @@ def test_a_claimed_size_is_not_allocated(tmp_path):
     (tmp_path / "1.npy").write_bytes(content[:128].replace(b"(1000, 4), }            ", b"(1125899906842624, 4), }"))
     with pytest.raises(UserError, match=r"1\.npy"):
         event_readers.read(tmp_path / "1.npy")
+
+
+def packet_of_aedat3(words, overflow=0, number=None):
+    """A packet of polarity events, which may claim another number than it holds."""
+    n = len(words)
+    head = struct.pack("<HHIIIIII", 1, 1, 8, 4, overflow, n, n if number is None else number, n)
+    return head + np.array(words, "<u4").tobytes()
+
+
+def test_aedat3_times_go_on_after_their_31_bits(tmp_path):
+    packets = packet_of_aedat3([[1, 2**31 - 1]]) + packet_of_aedat3([[1, 5]], overflow=1)
+    (tmp_path / "user1.aedat").write_bytes(b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + packets)
+    assert event_readers.read(tmp_path / "user1.aedat")["t"].tolist() == [2**31 - 1, 2**31 + 5]
+
+
+def test_an_aedat3_packet_that_claims_more_than_it_holds_is_refused(tmp_path):
+    packets = packet_of_aedat3([[1, 7]], number=2) + packet_of_aedat3([[1, 9]])
+    (tmp_path / "user1.aedat").write_bytes(b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + packets)
+    with pytest.raises(UserError, match="a packet claims 2 of 1 polarity events of 8 bytes, not 8"):
+        event_readers.read(tmp_path / "user1.aedat")
+
+
+def test_tonics_milliseconds_are_rounded_to_the_microsecond_that_they_were(tmp_path):
+    np.save(tmp_path / "3.npy", np.array([[1, 2, 1, 1.001], [1, 2, 1, 4.35]]))
+    assert event_readers.read(tmp_path / "3.npy")["t"].tolist() == [1001, 4350]
+
+
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path):
+    digits.write_recording(tmp_path / "1.BIN", {"t": [5], "x": [1], "y": [2], "p": [1]})
+    assert event_readers.read(tmp_path / "1.BIN").tolist() == [(1, 2, 5, 1)]
+
+
+def test_matlab_columns_of_bytes_are_turned_without_overflow(tmp_path):
+    events = {"ts": 3, "x": 9, "y": 8, "pol": 1}
+    savemat(tmp_path / "a_1.mat", {name: np.array([[value]], np.int8) for name, value in events.items()})
+    assert event_readers.read(tmp_path / "a_1.mat").tolist() == [(230, 171, 3, 1)]
+
+
+def test_matlab_files_of_the_other_byte_order():
+    def element(kind, data):
+        return struct.pack(">II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+    parts = element(6, struct.pack(">II", 6, 0)) + element(5, struct.pack(">ii", 3, 1)) + element(1, b"ts")
+    parts += element(9, np.arange(3, dtype=">f8").tobytes())
+    content = bytes(124) + b"\x01\x00MI" + element(14, parts)
+    np.testing.assert_array_equal(matlab.columns(content, ("ts",))["ts"], [0, 1, 2])
+
+
+def test_a_matlab_element_that_inflates_beyond_measure_is_not_inflated():
+    bomb = zlib.compress(bytes(400 << 20), 1)
+    content = bytes(124) + b"\x00\x01IM" + struct.pack("<II", 15, len(bomb)) + bomb
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="the file inflates to more than 32 MiB"):
+            matlab.columns(content, ("ts",))
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_short_matlab_element_holds_four_bytes_at_most():
+    content = bytes(124) + b"\x00\x01IM" + struct.pack("<HH", 1, 8) + bytes(12)
+    with pytest.raises(UserError, match="a short element claims 8 bytes"):
+        matlab.columns(content, ("ts",))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plif_jax import networks
+from plif_jax import layers, networks, neurons
 from plif_jax.errors import UserError
 from plif_jax.interop import export
 from plif_jax.interop.fold import fold
@@ -178,3 +178,32 @@ def test_the_script_writes_nir(tmp_path, script, capsys):
     assert nir.read(tmp_path / "net.nir").metadata == {"dt": 1e-4, "T": T}
     with pytest.raises(UserError, match=r"nowhere/net\.nir cannot be written: No such file or directory$"):
         script.main(["RUN", str(tmp_path / "nowhere" / "net.nir")])
+
+
+def test_a_layer_that_stands_twice_keeps_its_own_weights_where_no_batch_norm_follows():
+    shared = layers.Conv3x3(2, 2, rngs=nnx.Rngs(0))
+
+    def conv(net, shape, rngs):
+        return shared, shape
+
+    table = {"static_conv": [], "conv": [conv, networks.norm, networks.neuron, conv, networks.neuron]}
+    table["fc"] = [networks.flatten, networks.linear(10), networks.neuron]
+    net = networks.SpikingNet(table, (4, 4, 2), 10, T=3, rngs=nnx.Rngs(0))
+    net.conv[1].scale[...] *= 4
+    net.conv[1].bias[...] += 0.5
+    net.eval()
+    x = jax.random.uniform(jax.random.key(0), (3, 2, 4, 4, 2))
+
+    def currents(net):
+        entered = []
+        net.unroll(None, x, observe=lambda _, layer, x, y: isinstance(layer, neurons.Neuron) and entered.append(x))
+        return entered
+
+    for plain, folded in zip(currents(net), currents(fold(net)), strict=True):
+        np.testing.assert_allclose(plain, folded, atol=1e-5)
+
+
+def test_a_network_that_is_exported_trains_on():
+    net = networks.NMNISTNet(T=2, channels=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    export.to_exported(net, 1)
+    assert not net.conv[1].use_running_average and not net.fc[1].deterministic

@@ -17,6 +17,7 @@ import export
 import figures
 from plif_jax import data, networks
 from plif_jax.catalog import DATASETS
+from plif_jax.config import Config
 from plif_jax.errors import UserError
 from plif_jax.training import checkpoint, evaluation, loop
 
@@ -148,3 +149,43 @@ def test_damaged_settings_of_a_run_are_named(whole, tmp_path):
     for main, more in ((evaluate.main, []), (compare.main, ["-reference", str(tmp_path)])):
         with pytest.raises(UserError, match=rf"{run}/config\.json: not a run's settings: Expecting"):
             main([str(run), *more])
+
+
+def test_an_epoch_s_figures_are_of_its_own_steps(whole):
+    """Its loss, which starts near 1/10, does not add up over epochs."""
+    last = whole[1]["last"]
+    assert last["epoch"] == 2 and 0 < last["loss"] < 0.15 and 0 <= last["train_accuracy"] <= 1
+
+
+def test_accuracy_per_class_is_of_the_samples_of_the_class(whole, monkeypatch):
+    config, net = checkpoint.load_network(whole[0].run_dir)
+    found = {"confusion": np.array([[3, 1], [0, 2]]), "spikes": dict.fromkeys(net.named_neurons(), 0.0)}
+    monkeypatch.setattr(evaluation, "evaluation_calls", lambda *_: [()])
+    monkeypatch.setattr(evaluation.step, "make_evaluate", lambda *_, **__: lambda *_: found)
+    np.testing.assert_array_equal(evaluation.evaluate(config, net, progress=False)["per_class"], [3 / 4, 1])
+
+
+def test_a_class_without_samples_has_no_accuracy(monkeypatch, capsys):
+    figures = {"samples": 1, "accuracy": 1.0, "per_class": np.array([1.0] + [np.nan] * 9), "firing_rates": {}}
+    figures["confusion"] = np.diag([1] + [0] * 9)
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_: (Config(dataset_name="Digits"), None, "best"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: figures)
+    evaluate.main(["RUN"])
+    printed = capsys.readouterr().out
+    assert "nan" not in printed and " 9            -  " in printed
+
+
+def test_a_sample_before_the_first_is_refused(whole):
+    with pytest.raises(UserError, match="-sample -1: the run tests on 20 samples; give 0 to 19"):
+        figures.main([str(whole[0].run_dir), "-sample", "-1"])
+
+
+def test_weights_are_of_the_checkpoint_that_was_asked_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(convert, "load_network", lambda *given: asked.append(given) or (None, None))
+    monkeypatch.setattr(convert.torch, "state_dict", lambda net: {"a": np.zeros(1)})
+    for more, kind in (([], "best"), (["-checkpoint", "latest"], "latest")):
+        convert.main([str(tmp_path), str(tmp_path / "x.npz"), *more])
+        assert asked.pop() == (str(tmp_path), kind)
+    with pytest.raises(UserError, match="-checkpoint best is of a run"):
+        convert.main([str(tmp_path / "x.npz"), str(tmp_path / "y.npz"), "-checkpoint", "best"])

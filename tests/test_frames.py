@@ -166,3 +166,8 @@ def test_a_sensor_has_pixels(height):
 def test_bad_settings_are_named(settings, says):
     with pytest.raises(UserError, match=says):
         frames.integrate({"t": [1], "x": [0], "y": [0], "p": [0]}, 2, 2, **settings)
+
+
+def test_polarities_beyond_signed_numbers_are_on():
+    events = {"t": np.array([1]), "x": np.array([0]), "y": np.array([0]), "p": np.array([2**63], np.uint64)}
+    assert frames.integrate(events, 1, 1, 1).ravel().tolist() == [0, 1]

@@ -237,3 +237,10 @@ def test_matlab_files(tmp_path, make, said):
     path = tmp_path / "a_1.mat"
     path.write_bytes(b"MATLAB".ljust(124) + b"\x00\x01IM" + make())
     refused(lambda: event_readers.read(path), said)
+
+
+def test_a_module_whose_neurons_differ_is_not_taken_for_one_of_equal_ones():
+    neurons_of = {str(i): Object(Name("a", "ParametricLIFNode"), {"v_threshold": v}) for i, v in enumerate((1.0, 0.5))}
+    net = spikingjelly.MNISTNet(neurons.PLIF, channels=2, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="spiking layers differ in their settings"):
+        rebuild(torch_files.Checkpoint(torch.state_dict(net), Object(Name("a", "Net"), {"_modules": neurons_of})))

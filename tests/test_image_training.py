@@ -41,7 +41,9 @@ def test_fashion_mnist_s_network_learns_bars(tmp_path):
         data_root=str(tmp_path),
         log_dir_prefix=str(tmp_path / "logs"),
     )
-    result = loop.train(config, say=lambda line: None)
+    said = []
+    result = loop.train(config, say=said.append)
+    assert not any("has no effect" in line for line in said)  # only what was given is told
     assert result["samples"] == {"train": 100, "test": 30}
     curve = [value for _, value in read_metrics(config.run_dir)["test_accuracy"]]
     assert curve[0] < 0.5 < curve[1], curve

@@ -224,3 +224,12 @@ def test_a_misspelt_set_is_named(tmp_path):
 def test_a_data_root_that_is_no_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=f"data_root {tmp_path / 'tpyo'} is not a folder"):
         images.load("MNIST", tmp_path / "tpyo")
+
+
+def test_a_link_in_an_archive_that_claims_a_size_has_no_content(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "cifar-10-binary.tar.gz", monkeypatch)
+    file = tmp_path / "cifar-10-binary.tar.gz"
+    link = tarfile.TarInfo("cifar-10-batches-bin/link")
+    link.type, link.linkname, link.size = tarfile.LNKTYPE, "elsewhere", 5000
+    file.write_bytes(gzip.compress(link.tobuf() + gzip.decompress(file.read_bytes())))
+    assert_is_the_small_set(images.load("CIFAR10", tmp_path), (32, 32, 3))

@@ -21,7 +21,7 @@ from nir_graphs import (
     trained,
 )
 
-from plif_jax import networks, neurons
+from plif_jax import layers, networks, neurons
 from plif_jax.analysis import operations
 from plif_jax.errors import UserError
 
@@ -267,3 +267,33 @@ def test_operations_of_an_event_network_are_the_same_after_a_round_trip():
     after = operations.count(nir_interop.from_nir(nir_interop.to_nir(net), T=2), x).values()
     for one, other in zip(before, after, strict=True):
         assert one.accumulates == other.accumulates and one.multiply_accumulates == other.multiply_accumulates
+
+
+def untrained(*more):
+    table = {"static_conv": [], "conv": [networks.conv(2), networks.neuron, *more]}
+    table["fc"] = [networks.flatten, networks.linear(10), networks.neuron]
+    net = networks.SpikingNet(table, (8, 8, 2), 10, T=3, rngs=nnx.Rngs(0))
+    net.eval()
+    return net
+
+
+def test_a_maximum_of_averages_is_refused():
+    net = untrained(networks.pool, networks.pool)
+    net.conv[2].use_max = False
+    with pytest.raises(UserError, match=r"conv\.3 takes the maximum of values that are not spikes"):
+        nir_interop.to_nir(net)
+
+
+def test_padding_by_name_is_refused_where_its_size_depends_on_the_map():
+    net = untrained()
+    net.conv[0] = layers.Conv(2, 2, (3, 3), padding="SAME", strides=(2, 2), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="pads by SAME; NIR has zero padding"):
+        nir_interop.to_nir(net)
+
+
+def test_a_mask_of_weights_leaves_with_them():
+    net = untrained()
+    mask = jnp.zeros((3, 3, 2, 2)).at[1, 1].set(1)
+    net.conv[0] = layers.Conv(2, 2, (3, 3), padding=1, mask=mask, rngs=nnx.Rngs(0))
+    weight = nir_interop.to_nir(net).nodes["conv_0"].weight
+    assert np.count_nonzero(weight) == 4 and weight[..., 1, 1].all()

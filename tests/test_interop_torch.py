@@ -329,3 +329,16 @@ def test_spikingjelly_gives_the_same_spikes():
     _, votes = jax.jit(lambda net, x: net.unroll(None, x))(net, x.transpose(0, 1, 3, 4, 2))
     assert expected.any()
     np.testing.assert_allclose(votes, expected, atol=1e-6)
+
+
+def test_a_learned_alpha_of_another_start_is_taken_from_the_weights():
+    weights = arrays_of(small(alpha_learnable=True))
+    net = rebuild(torch_files.Checkpoint(weights), use_max_pool=True, surrogate=("ATan", 3.0))
+    assert net.fc[3].surrogate.alpha[...] == weights["fc.3.surrogate_function.alpha"]
+
+
+def test_only_the_layer_behind_flattened_maps_has_another_order_there():
+    table = {"static_conv": [], "conv": [networks.conv(2)], "fc": [networks.flatten, networks.linear(8)]}
+    table["fc"] += [networks.linear(10), networks.neuron]  # as wide as the maps: 8 values
+    net = networks.SpikingNet(table, (2, 2, 2), 10, T=3, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(torch_interop.state_dict(net)["fc.2.weight"], net.fc[2].kernel[...].T)

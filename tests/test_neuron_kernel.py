@@ -285,3 +285,9 @@ def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "plif_jax.neuron_kernel", None)
     monkeypatch.delattr("plif_jax.neuron_kernel")
     assert sequence.gpu_kernels() is None
+
+
+@pytest.mark.parametrize("capability, known", [("8.0", True), ("7.5", False)])
+def test_kernels_are_for_an_a100_and_later(gpu, capability, known):
+    gpu.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability=capability)])
+    assert (sequence.gpu_kernels() is neuron_kernel) == known

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from weights import small
 
 from plif_jax import networks, neurons, surrogate
 from plif_jax.errors import UserError
@@ -175,3 +176,52 @@ def test_thresholds_and_resets_may_be_mapped_and_differentiated():
 def test_a_traced_tau_is_told_how_tau_is_learned(make):
     with pytest.raises(UserError, match=r"tau is a value that JAX traces; give a number: PLIF\(init_tau=2\.0\) learns"):
         jax.jit(lambda tau: make(tau).tau)(2.0)
+
+
+def test_a_square_wave_needs_a_harmonic():
+    with pytest.raises(UserError, match="n is 1; a whole number from 2"):
+        surrogate.SquarewaveFourierSeries(n=1)
+
+
+@pytest.mark.parametrize("use_plif", [False, True])
+def test_a_network_that_keeps_the_gradient_of_its_resets_does_so_in_all_neurons(use_plif):
+    neurons_of = small(use_plif=use_plif, detach_reset=False).named_neurons().values()
+    assert neurons_of and not any(neuron.detach_reset for neuron in neurons_of)
+
+
+def test_thresholds_of_a_wider_type_leave_the_membrane_its_own(x64):
+    v, s = neurons.IF(v_threshold=np.full(3, 1.1)).unroll(None, jnp.ones((2, 3), jnp.float32))
+    assert v.dtype == s.dtype == jnp.float32
+
+
+def test_a_reset_that_is_learned_is_where_a_sequence_begins(x64):
+    x = 2 * jax.random.normal(jax.random.key(0), (4, 11))
+    neuron = neurons.LIF(3.0, v_reset=nnx.Param(jnp.asarray(0.4)))
+
+    def gradient(run):
+        return nnx.grad(lambda neuron: run(neuron, None, x)[0].sum())(neuron).v_reset[...]
+
+    fast, by_autodiff = map(gradient, (neurons.Neuron.unroll, neurons.Neuron.unroll_by_autodiff))
+    np.testing.assert_allclose(fast, by_autodiff, rtol=1e-11)
+
+
+def test_a_membrane_of_whole_numbers_is_taken_as_real_ones():
+    x = jax.random.uniform(jax.random.key(0), (4, 11))
+    for given, expected in zip(neurons.LIF().unroll(np.zeros(11, int), x), neurons.LIF().unroll(None, x), strict=True):
+        np.testing.assert_array_equal(given, expected)
+
+
+def test_no_timesteps_leave_the_membrane_as_it_was():
+    v, spikes = neurons.LIF().unroll(jnp.full(3, 0.3), jnp.ones((1, 3)), T=0)
+    assert (v == jnp.float32(0.3)).all() and spikes.shape == (0, 3)
+
+
+def test_the_gradient_of_a_current_that_stays_is_summed_in_float32():
+    T, neuron = 400, neurons.IF(v_threshold=1e9)
+
+    def gradient(rows):
+        x = jnp.full((rows, 1), 0.25, jnp.bfloat16)
+        return jax.grad(lambda x: neuron.unroll(None, x, T=T)[0].sum())(x)
+
+    once, each = gradient(1), gradient(T)
+    assert once.dtype == jnp.bfloat16 and once[0] == each.astype(jnp.float32).sum(0) == T

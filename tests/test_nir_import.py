@@ -125,3 +125,31 @@ def test_values_that_are_not_finite_are_refused(field):
     getattr(node, field).flat[0] = np.nan
     with pytest.raises(UserError, match=f"{field} of {name} is not finite everywhere"):
         nir_interop.from_nir(graph, T=20)
+
+
+def test_a_leaky_neuron_after_average_pooling_is_no_maximum():
+    side = (np.array(pair) for pair in ((2, 2), (2, 2), (0, 0)))
+    graph = chain(
+        ("input", nir.Input(np.array([1, 4, 4]))),
+        ("spiking", lif((1, 4, 4))),
+        ("pool", nir.AvgPool2d(*side)),
+        ("any", lif((1, 2, 2), tau=2e-4, v_leak=0.1, v_threshold=1 / 16)),
+        ("flat", nir.Flatten(np.array([1, 2, 2]), 0, -1)),
+        ("output", nir.Output(np.array([4]))),
+        metadata={"dt": 1e-4, "T": 2},
+    )
+    with pytest.raises(UserError, match=r"any leaks to 0\.1 and resets to 0\.0"):
+        nir_interop.from_nir(graph)
+
+
+def test_vectors_may_be_flattened():
+    rng = np.random.default_rng(0)
+    graph = chain(
+        ("input", nir.Input(np.array([7]))),
+        ("flat", nir.Flatten(np.array([7]), 0, -1)),
+        ("first", nir.Affine(rng.normal(size=(4, 7)), rng.normal(size=4))),
+        ("spiking", lif(4)),
+        ("output", nir.Output(np.array([4]))),
+        metadata={"dt": 1e-4, "T": 3},
+    )
+    assert nir_interop.from_nir(graph)(jnp.ones((2, 1, 1, 7))).shape == (2, 4)

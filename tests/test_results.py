@@ -13,6 +13,7 @@ import pytest
 from programs import wait_for
 
 import results
+from plif_jax.config import Config
 from plif_jax.errors import UserError
 from plif_jax.training import signals
 
@@ -231,3 +232,38 @@ def test_the_row_of_the_ablation_names_its_runs(tmp_path, monkeypatch):
     (runs,) = kept
     assert [run.seed for run in runs["Digits", "LIF, tau = 2"]] == [2020, 2021, 2022]
     assert runs["Digits", "LIF, tau = 2"][0].run_dir.parent == tmp_path / "ablation" / "seed_2020"
+
+
+@pytest.fixture
+def keep_digits(tmp_path, monkeypatch):
+    """Keeps the figures of a made-up run of seven epochs, and returns them as kept."""
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    config = Config(dataset_name="Digits", log_dir_prefix=str(tmp_path))
+    config.run_dir.mkdir(parents=True)
+    points = [{"tag": "test_accuracy", "step": epoch, "value": epoch / 10, "time": 0.0} for epoch in range(7)]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    figures = dict.fromkeys(results.FIGURES, 1) | {"samples": {"train": 4}, "epochs": 7, "best": {"test_accuracy": 0.6}}
+
+    def keep(**more):
+        (config.run_dir / "result.json").write_text(json.dumps(figures | more))
+        results.keep("digits", config)
+        return json.loads((results.KEPT / "digits.json").read_text())
+
+    return keep
+
+
+def test_after_an_epoch_is_the_curve_s_point_before(keep_digits):
+    assert keep_digits()["after"] == {"1": 0.0, "5": 0.4}
+
+
+def test_a_run_of_as_many_epochs_takes_a_row_s_place(keep_digits):
+    keep_digits(seconds=1)
+    assert keep_digits(seconds=2)["seconds"] == 2
+
+
+def test_damaged_figures_are_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(results.subprocess, "Popen", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "digits.json").write_text("{")
+    with pytest.raises(UserError, match=r"digits\.json is damaged"):
+        results.run("digits", [], str(tmp_path), float("inf"))

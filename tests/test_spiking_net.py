@@ -197,3 +197,44 @@ def test_membranes_may_come_in_any_sequence():
 def test_mistakes_are_told(make, says):
     with pytest.raises(UserError, match=says):
         make()
+
+
+def of_linear(*builders, **settings):
+    table = {"static_conv": [], "conv": [], "fc": [networks.flatten, *builders]}
+    return networks.SpikingNet(table, (10, 10, 1), 10, T=2, rngs=nnx.Rngs(0), **settings)
+
+
+def test_each_layer_of_dropout_draws_a_mask_of_its_own():
+    left = []
+    of_linear(networks.dropout, networks.dropout)(
+        jnp.ones((2, 50, 10, 10, 1)), rngs=jax.random.key(0), observe=lambda *_: left.append((_[-1] != 0).mean())
+    )
+    np.testing.assert_allclose(left[1:], [1 / 2, 1 / 4], atol=0.03)
+
+
+def test_frames_enter_a_bfloat16_network_in_its_type():
+    entered = []
+    net = of_linear(networks.linear(10), networks.neuron, dtype=jnp.bfloat16)
+    net(jnp.ones((3, 1, 10, 10, 1)), observe=lambda name, layer, entering, leaving: entered.append(entering.dtype))
+    assert entered[0] == jnp.bfloat16
+
+
+class Keyed(nnx.Module):
+    """Takes what is given to it by name, of which it names nothing."""
+
+    def __init__(self):
+        self.drop = layers.Dropout(0.5)
+
+    def __call__(self, x, **settings):
+        return self.drop(x, **settings)
+
+
+def test_a_layer_that_takes_anything_by_name_is_given_its_key():
+    net = of_linear(lambda net, shape, rngs: (Keyed(), shape), networks.neuron)
+    assert net(jnp.ones((2, 3, 10, 10, 1)), rngs=jax.random.key(0)).shape == (3, 10)
+
+
+def test_a_view_that_switches_batch_norm_leaves_dropout_as_it_was():
+    net = of_linear(networks.dropout, networks.linear(10), networks.neuron)
+    net.eval()
+    assert nnx.view(net, use_running_average=True).fc[1].deterministic is True

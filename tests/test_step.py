@@ -150,3 +150,46 @@ def test_a_run_computes_in_its_own_precision_whatever_ran_before(settings):
     for precision in ("float64", "float32", "float64", "bfloat16"):
         state.set_precision(settings(precision=precision))
         assert jnp.zeros(()).dtype == ("float64" if precision == "float64" else "float32")
+
+
+def stepping(settings, x, **more):
+    """(state, a compiled training step, a compiled evaluation, what feeds them) of a small network on frames x."""
+    config, chosen = settings(**more), jax.devices()[:1]
+    optimizer = state.adam(config, 5)
+    graphdef, now = state.create(config, optimizer, chosen)
+    feed = batches.Feed(batches.Split(x, np.zeros(len(x), np.int32), len(x)), chosen, "yes")
+    train = step.make_train(config, graphdef, optimizer, chosen, feed.axis)
+    return now, train, step.make_evaluate(config, graphdef, chosen, feed.axis, firing_rates=True), feed
+
+
+def test_what_follows_a_step_that_failed_in_one_call_trains_nothing(settings):
+    x = np.ones((16, 3, 34, 34, 2), np.float32)
+    x[:8] = np.nan
+    now, train, _, feed = stepping(settings, x)
+    now, metrics = train(now, *feed.take(np.arange(16).reshape(2, 8)), np.zeros(1, np.int32))
+    assert metrics["healthy"].tolist() == [False, False] and now.step == 0
+
+
+def test_a_gradient_that_is_no_number_is_a_failure_though_the_loss_is_one(settings):
+    now, train, _, feed = stepping(settings, np.ones((8, 3, 34, 34, 2), np.uint8))
+    w = now.params["conv"][2]["w"]
+    w[...] = jax.device_put(jnp.full((), jnp.nan, jnp.float32), w[...].sharding)
+    now, metrics = train(now, *feed.take(np.arange(8)[None]), np.zeros(1, np.int32))
+    assert np.isfinite(metrics["loss"]).all() and not metrics["healthy"].any() and now.step == 0
+
+
+def test_a_gradient_whose_square_is_beyond_float32_is_lost():
+    assert step.first_lost({"conv": {0: {"kernel": np.full(3, 1e20, np.float32)}}}) == "conv.0"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_firing_rates_are_of_the_samples_alone(settings, precision):
+    x = np.random.default_rng(0).poisson(20, (8, 3, 34, 34, 2)).astype(np.uint8)
+    now, _, evaluate, feed = stepping(settings, x, init_tau=1.1, channels=4, precision=precision)
+    some, filled_up = (
+        evaluate(now.params, now.batch_stats, *feed.take(np.array([index]))) for index in ([0, 1], [0, 1, -1, -1])
+    )
+    assert some["confusion"].sum() == filled_up["confusion"].sum() == 2
+    assert {str(spikes.dtype) for spikes in some["spikes"].values()} == {"float32"}
+    assert some["spikes"]["conv.2"] > 0
+    np.testing.assert_allclose(filled_up["spikes"]["conv.2"], some["spikes"]["conv.2"], rtol=1e-6)

@@ -204,3 +204,37 @@ def test_short_floats_compute_where_promotion_is_forbidden(dtype):
     net.set_attributes(deterministic=True)
     with jax.numpy_dtype_promotion("strict"):
         nnx.grad(lambda net, x: net(x).sum())(net, jnp.ones((2, 1, 34, 34, 2)))
+
+
+@pytest.mark.parametrize(
+    "function, x, slopes",
+    [
+        (surrogate.Rect(2.0), [-0.25, -0.24, 0.24, 0.25], [0, 2, 2, 0]),
+        (surrogate.S2NN(alpha=2.0, beta=3.0), [0.0], [3.0]),
+        (surrogate.PiecewiseLeakyReLU(2.0, 0.1), [-2.0, 2.0], [0.1, 0.1]),
+    ],
+)
+def test_a_slope_at_a_kink_is_the_one_outside(function, x, slopes):
+    np.testing.assert_allclose(function.derivative(jnp.array(x)), slopes, rtol=1e-6)
+
+
+class Scaled(surrogate.ATan):
+    """A function with two parameters, which computes in float32 whatever it is given."""
+
+    def __init__(self):
+        super().__init__(2.0, learnable=True)
+        self.scale = nnx.Param(jnp.ones((), jnp.float32))
+
+    def primitive(self, x):
+        return self.scale[...] * super().primitive(x.astype(jnp.float32))
+
+    def derivative(self, x):
+        return self.scale[...] * super().derivative(x)
+
+
+def test_a_function_may_compute_in_a_wider_type_than_its_spikes():
+    x = jnp.linspace(-1, 1, 5, dtype=jnp.bfloat16)
+    bar = nnx.grad(lambda function: function(x).astype(jnp.float32).sum())(Scaled())
+    assert bar.scale[...].dtype == jnp.float32 and bar.scale[...] != 0
+    wide = surrogate.ATan(jnp.float32(2.0))
+    assert jax.grad(lambda x: wide(x).astype(jnp.float32).sum())(x).dtype == jnp.bfloat16

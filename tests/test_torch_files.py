@@ -18,6 +18,7 @@ from weights import arrays_of, authors_module, same, small
 
 from plif_jax.errors import UserError
 from plif_jax.interop import torch_files
+from plif_jax.interop.inert_pickle import Storage, Tensor
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -228,3 +229,9 @@ def test_the_script_converts_between_files(tmp_path, capsys):
         convert([str(tmp_path / "a.npz"), "-checkpoint", "latest", str(tmp_path / "c.npz")])
     with pytest.raises(UserError, match="not the folder of a run"):
         convert([str(tmp_path), str(tmp_path / "c.npz")])
+
+
+def test_a_stride_along_an_axis_of_one_is_nobody_s_concern():
+    tensor = Tensor(Storage("FloatStorage", "0", 2), 0, (1, 2), (1 << 62, 1))
+    storages = {"0": np.float32([1, 2]).tobytes()}
+    np.testing.assert_array_equal(torch_files._array("x.pt", "a", tensor, storages), [[1, 2]])
