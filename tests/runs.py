@@ -1,4 +1,6 @@
-"""What a run leaves, read back."""
+"""What a run leaves, read back; and an epoch that trains nothing."""
+
+import dataclasses
 
 import numpy as np
 
@@ -27,3 +29,9 @@ def tensorboard(run):
     for tag, _, step, value in reference._read_events(path):
         scalars.setdefault(tag, []).append((step, value))
     return scalars
+
+
+def pretend_epoch(run):
+    """In place of `loop.Run.train_epoch`: counts the steps."""
+    run.state = dataclasses.replace(run.state, step=run.state.step + run.steps_per_epoch)
+    return {"loss": 0.0, "train_accuracy": 0.0}

@@ -133,3 +133,10 @@ def test_a_set_of_one_batch_is_trained_on():
 def test_what_fills_a_batch_up_is_told_wherever_data_lie(on_device):
     *_, told = batches.Feed(split_of(8), jax.devices()[:2], on_device).take(np.array([[3, 5, -1, -1]]))
     assert (told >= 0).tolist() == [[[True, True]], [[False, False]]]
+
+
+def test_several_processes_read_from_disk_what_one_holds_in_memory(monkeypatch):
+    split, chosen = split_of(8), jax.devices()[:1]
+    assert batches.Feed(split, chosen, "auto").axis is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert batches.Feed(split, chosen, "auto").axis == 0

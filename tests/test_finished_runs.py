@@ -189,3 +189,17 @@ def test_weights_are_of_the_checkpoint_that_was_asked_for(monkeypatch, tmp_path)
         assert asked.pop() == (str(tmp_path), kind)
     with pytest.raises(UserError, match="-checkpoint best is of a run"):
         convert.main([str(tmp_path / "x.npz"), str(tmp_path / "y.npz"), "-checkpoint", "best"])
+
+
+def test_frames_bring_their_own_timesteps_to_an_evaluation(settings):
+    net = networks.NMNISTNet(T=9, channels=2, number_layer=1, rngs=nnx.Rngs(0))
+    assert evaluation.evaluate(settings(), net, progress=False)["samples"] == 20
+
+
+def test_a_drawn_sample_counts_once_in_the_means(whole, tmp_path, monkeypatch):
+    def told(config, x):
+        raise UserError(f"{len(x)} samples")
+
+    monkeypatch.setattr(figures, "frames_for", told)
+    with pytest.raises(UserError, match=r"^15 samples"):
+        figures.main([str(whole[0].run_dir), "-sample", "19", "-out", str(tmp_path)])

@@ -244,3 +244,25 @@ def test_a_module_whose_neurons_differ_is_not_taken_for_one_of_equal_ones():
     net = spikingjelly.MNISTNet(neurons.PLIF, channels=2, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="spiking layers differ in their settings"):
         rebuild(torch_files.Checkpoint(torch.state_dict(net), Object(Name("a", "Net"), {"_modules": neurons_of})))
+
+
+def test_a_nested_key_is_refused_before_it_is_hashed(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(pt(b"}" + NESTED + b"Ns"))
+    refused(lambda: torch_files.read(path), "a key that is a tuple")
+
+
+def test_an_archive_of_cifar_with_a_batch_larger_than_any(tmp_path):
+    member = tarfile.TarInfo("data_batch_1.bin")
+    member.size = 128 << 20
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf() + bytes(member.size + 1024), 1))
+    refused(lambda: image_files.read("CIFAR10", {path.name: path}), "holds no batch")
+
+
+def test_an_archive_of_cifar_that_leads_back_beyond_its_beginning(tmp_path):
+    member = tarfile.TarInfo("x")
+    member.size = -(1 << 20)
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    refused(lambda: image_files.read("CIFAR10", {path.name: path}), "a member claims -1048576 bytes")

@@ -19,6 +19,7 @@ from image_sets import (
     samples,
     write_idx_set,
 )
+from tensorflow_datasets.core.download import downloader
 
 from plif_jax.data import images, tfds_builders
 from plif_jax.errors import UserError
@@ -192,3 +193,17 @@ def test_two_programs_prepare_a_set_once_and_without_tensorflow(tmp_path, site):
     assert [program.returncode for program in programs] == [0, 0]
     assert {int(output.split()[-1]) for output in outputs} == {samples("train", (28, 28), TRAIN)[1].sum(dtype=int)}
     assert len(site.requests) == 4  # each file once
+
+
+def test_what_another_program_has_prepared_meanwhile_is_not_downloaded(tmp_path, site, capsys):
+    load(tmp_path)
+    capsys.readouterr()
+    tfds_builders._prepare("MNIST", tmp_path, False)  # as one does that waited for the other
+    assert capsys.readouterr().out == ""
+
+
+def test_few_retries_are_for_our_downloads_alone(monkeypatch):
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 10)
+    with tfds_builders._tfds_settings(False):
+        assert downloader.MAX_RETRIES == 3
+    assert downloader.MAX_RETRIES == 10

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import TRAIN, assert_is_the_small_set, contents, idx, samples, write_cifar, write_idx_set
+from image_sets import (
+    TEST,
+    TRAIN,
+    assert_is_the_small_set,
+    cifar_batches,
+    contents,
+    idx,
+    samples,
+    write_cifar,
+    write_idx_set,
+)
 
 from plif_jax.data import image_files, images
 from plif_jax.errors import UserError
@@ -233,3 +243,27 @@ def test_a_link_in_an_archive_that_claims_a_size_has_no_content(tmp_path, monkey
     link.type, link.linkname, link.size = tarfile.LNKTYPE, "elsewhere", 5000
     file.write_bytes(gzip.compress(link.tobuf() + gzip.decompress(file.read_bytes())))
     assert_is_the_small_set(images.load("CIFAR10", tmp_path), (32, 32, 3))
+
+
+def test_unpacked_files_are_preferred_to_those_they_were_unpacked_from(tmp_path):
+    write_idx_set(tmp_path)
+    x, _ = samples("test", (28, 28), TEST)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(255 - x))
+    assert (images.load("MNIST", tmp_path).test.x[..., 0] == 255 - x).all()
+
+
+def test_an_uncompressed_archive_cut_between_two_images_is_named(tmp_path):
+    file, member = tmp_path / "cifar-10-binary.tar.gz", tarfile.TarInfo("data_batch_1.bin")
+    records = cifar_batches()["data_batch_1"]
+    member.size = records.size
+    file.write_bytes(member.tobuf() + records[:-1].tobytes())
+    with pytest.raises(UserError, match=r"truncated or damaged \(it ends inside data_batch_1\.bin\)"):
+        images.load("CIFAR10", tmp_path)
+
+
+def test_a_training_split_may_hold_sixty_thousand_images(tmp_path):
+    files = {name: tmp_path / name for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
+    for path, shape in zip(files.values(), [(60_000, 28, 28), (60_000,)], strict=True):
+        path.write_bytes(idx(np.zeros(shape, np.uint8)))
+    x, y = image_files.read("MNIST", files)["train"]
+    assert len(x) == len(y) == 60_000

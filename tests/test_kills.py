@@ -5,9 +5,11 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import SETTINGS, saved, started, wait_for
@@ -181,3 +183,36 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, small_disk, room, says):
     loop.train(config, say=said.append)
     assert any(line.startswith("continuing after epoch") for line in said)
     assert_same_run(config, whole)
+
+
+def test_who_was_told_of_signals_before_a_run_is_told_again_after_it():
+    arrivals, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    before = signal.set_wakeup_fd(arriving)
+    with signals.listening():
+        pass
+    assert signal.set_wakeup_fd(before) == arriving
+    os.close(arrivals), os.close(arriving)
+
+
+def test_a_second_signal_does_not_end_the_writing_of_what_is_finished():
+    written = []
+    with pytest.raises(SystemExit), signals.ending():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            written.append(1)
+    assert written
+
+
+def test_a_wish_is_the_same_for_a_second_after_it_was_first_told(monkeypatch):
+    moments = iter([10.0, 10.0, 10.9, 10.9, 11.1, 11.1])
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(signals.os, "_exit", sys.exit)
+    arrivals, arriving = os.pipe()
+    os.write(arriving, bytes([signal.SIGTERM] * 3))
+    os.close(arriving)
+    with pytest.raises(SystemExit):
+        signals.Stop()._watch(arrivals)
+    os.close(arrivals)

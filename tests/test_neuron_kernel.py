@@ -291,3 +291,26 @@ def test_a_jax_without_pallas_triton_scans(gpu, monkeypatch):
 def test_kernels_are_for_an_a100_and_later(gpu, capability, known):
     gpu.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability=capability)])
     assert (sequence.gpu_kernels() is neuron_kernel) == known
+
+
+class Charging(neurons.Neuron):
+    def __init__(self, charge):
+        super().__init__()
+        self.charge = charge
+
+
+UNFIT = {
+    "a parameter of 16 bits": neurons.PLIF(param_dtype=jnp.bfloat16),
+    "another shape": Charging(lambda v, x: v + jnp.maximum(x.reshape(1, -1), jnp.zeros((1, x.size))).reshape(-1)),
+    "a number of the shape within a call": Charging(jax.jit(lambda v, x: v + x / x.shape[-1])),
+    "arithmetic in float16": Charging(lambda v, x: v + (2 * x.astype(jnp.float16)).astype(v.dtype)),
+    "the larger of whole numbers": Charging(lambda v, x: v + jnp.maximum(x.astype(jnp.int32), 0).astype(v.dtype)),
+}
+
+
+@pytest.mark.parametrize("neuron", UNFIT.values(), ids=UNFIT)
+def test_what_a_kernel_would_compute_otherwise_or_not_at_all_is_scanned(neuron, kernels):
+    x = currents(4, 7)
+    graphdef, params, other = nnx.split(neuron, neurons._floats, ...)
+    assert not neuron_kernel.fits(sequence._step(graphdef, other), 4, params, None, x)
+    np.testing.assert_array_equal(neuron(x), neuron.unroll_by_autodiff(None, x)[1])

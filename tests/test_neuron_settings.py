@@ -225,3 +225,8 @@ def test_the_gradient_of_a_current_that_stays_is_summed_in_float32():
 
     once, each = gradient(1), gradient(T)
     assert once.dtype == jnp.bfloat16 and once[0] == each.astype(jnp.float32).sum(0) == T
+
+
+def test_short_currents_are_taken_where_the_user_forbids_to_mix_types():
+    with jax.numpy_dtype_promotion("strict"):
+        assert neurons.PLIF()(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16

@@ -188,3 +188,47 @@ def test_a_network_writes_no_normalised_currents(kernels, monkeypatch):
     net(x)
     assert len(called) == 4
     np.testing.assert_allclose(rates, inside, atol=1e-6)
+
+
+def test_the_running_statistics_send_back_no_gradient(kernels):
+    norm, neuron, x = layers_and_currents(2, 3, 2, 5, jnp.float32)
+
+    def tracked(x):
+        after = nnx.clone(norm)
+        normalized.unroll(after, neuron, None, x)
+        return after.mean[...].sum() + after.var[...].sum()
+
+    assert not jax.grad(tracked)(x).any()
+    assert kernels and all(kernels)
+
+
+def test_a_channel_of_little_variance_is_evaluated_as_by_the_layer(kernels):
+    norm, neuron, x = layers_and_currents(3, 4, 4, 5, jnp.float32)
+    norm.use_running_average = True
+    norm.var[...], norm.scale[...] = jnp.full(5, norm.eps), jnp.full(5, norm.eps**0.5)
+    spikes = normalized.unroll(norm, neuron, None, x)[1]
+    assert kernels and all(kernels) and 0 < spikes.mean() < 1
+    with sequence.scanned():
+        np.testing.assert_array_equal(spikes, neuron(norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("trains", [True, False])
+def test_it_lowers_under_shard_map_with_its_checks(trains, gpu):
+    norm, neuron, x = layers_and_currents(4, 2, 4, 5, jnp.float32)
+    norm.use_running_average = not trains
+
+    def both(scale, x):
+        def spikes(scale, x):
+            ours = nnx.clone(norm)
+            ours.scale[...] = scale
+            return normalized.unroll(ours, neuron, None, x)[1]
+
+        s, vjp = jax.vjp(spikes, scale, x)
+        return s, vjp(s)
+
+    over, P = jax.sharding.PartitionSpec(None, "batch"), jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(P(), over), out_specs=(over, (P(), over)))
+    lowered = jax.jit(mapped).trace(norm.scale[...], x).lower(lowering_platforms=("cuda",))
+    assert "custom_call @__gpu$xla.gpu.triton" in lowered.as_text()

@@ -218,3 +218,19 @@ def test_a_network_whose_making_needs_numbers_is_read_back(settings, tmp_path, m
     result = loop.train(config, say=None)
     _, net = checkpoint.load_network(config.run_dir)
     np.testing.assert_allclose(net.conv[2].tau, result["tau"]["conv.2"], rtol=1e-6)
+
+
+class TwoCompartments(neurons.IF):
+    """A threshold for each, of which both see the current."""
+
+    def rest(self, x):
+        return jnp.zeros((2, *x.shape[1:]), x.dtype)
+
+    def step(self, v, x):
+        v, s = super().step(v, jnp.stack([x, x]))
+        return v, s.mean(0)
+
+
+def test_thresholds_may_be_of_the_states_of_a_neuron_of_ones_own():
+    neuron = TwoCompartments(v_threshold=jnp.array([[0.5], [1.0]]))
+    np.testing.assert_array_equal(neuron(jnp.full((2, 3), 0.5)), [[0.5] * 3, [1.0] * 3])

@@ -242,3 +242,21 @@ def test_a_mistake_ends_both_at_once(settings, tmp_path):
     assert 2 in codes and 0 not in codes
     said = programs[codes.index(2)].said()
     assert "-batch_size 6 does not divide among 4 devices; give 4 or 8" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("must be called before any JAX calls that"), ValueError("no address")])
+def test_tasks_of_srun_that_do_not_meet_are_not_trained_alone(monkeypatch, error):
+    srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    with pytest.raises(UserError, match=f"^the processes did not find each other: {error}"):
+        joined(monkeypatch, srun, error=error)
+
+
+def test_where_data_lie_may_differ_between_hosts(monkeypatch):
+    def told(facts):
+        raise UserError(" ".join(facts))
+
+    monkeypatch.setattr(loop.distributed, "agree", told)
+    with pytest.raises(UserError) as asked:
+        loop.train(Config(dataset_name="Digits"), say=None)
+    names = str(asked.value).split()
+    assert "-T" in names and not {"-coordinator", "-process_id", "-data_root", "-cache_dir"} & set(names)

@@ -238,3 +238,19 @@ def test_a_view_that_switches_batch_norm_leaves_dropout_as_it_was():
     net = of_linear(networks.dropout, networks.linear(10), networks.neuron)
     net.eval()
     assert nnx.view(net, use_running_average=True).fc[1].deterministic is True
+
+
+def test_frames_of_an_open_number_are_told_before_a_convolution_sees_them():
+    net = networks.NMNISTNet(channels=2, number_layer=1, rngs=nnx.Rngs(0))
+    T, B = jax.export.symbolic_shape("T, B")
+    with pytest.raises(UserError, match=r"^x of shape \(T, B, 34, 34, 2\) leaves the number of timesteps open"):
+        jax.export.export(jax.jit(net))(jax.ShapeDtypeStruct((T, B, *net.shape), jnp.float32))
+
+
+def test_a_surrogate_that_is_a_function_is_told_by_its_name():
+    def step(x):
+        return (x >= 0).astype(x.dtype)
+
+    net = flat()
+    net.fc[2].surrogate = step
+    assert layer_settings(net)["fc.2.surrogate"] == "step"

@@ -90,3 +90,15 @@ def test_the_settings_of_the_data_reach_them(monkeypatch):
     assert given == ("CIFAR10DVS", "a", "b")
     settings = {"T": 3, "split_by": "time", "normalization": "max", "cifar10dvs_split": "tebn"}
     assert named == settings | {"progress": False, "to_train": False}
+
+
+def test_a_network_that_reads_numbers_while_it_is_made_has_shapes_too(settings, monkeypatch):
+    class OfItsWeights(networks.NMNISTNet):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.largest = float(jnp.abs(self.fc[2].kernel[...]).max())
+
+    monkeypatch.setitem(networks.NETWORKS, "Digits", OfItsWeights)
+    config, chosen = settings(), jax.devices()[:1]
+    made, shapes = (state.create(config, state.adam(config, 1), chosen, abstract)[1] for abstract in (False, True))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, shapes)

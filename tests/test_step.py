@@ -193,3 +193,16 @@ def test_firing_rates_are_of_the_samples_alone(settings, precision):
     assert {str(spikes.dtype) for spikes in some["spikes"].values()} == {"float32"}
     assert some["spikes"]["conv.2"] > 0
     np.testing.assert_allclose(filled_up["spikes"]["conv.2"], some["spikes"]["conv.2"], rtol=1e-6)
+
+
+def test_a_network_that_is_made_for_evaluation_is_trained_all_the_same(settings, monkeypatch):
+    class Evaluating(networks.NMNISTNet):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.eval()
+
+    monkeypatch.setitem(networks.NETWORKS, "Digits", Evaluating)
+    now, train, _, feed = stepping(settings, np.ones((8, 3, 34, 34, 2), np.uint8))
+    before = jax.device_get(now.batch_stats)
+    now, _ = train(now, *feed.take(np.arange(8)[None]), np.zeros(1, np.int32))
+    assert all(map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, before, jax.device_get(now.batch_stats)))))

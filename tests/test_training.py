@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import arrays, assert_same_run, tensorboard
+from runs import arrays, assert_same_run, pretend_epoch, tensorboard
 
 from plif_jax import data
 from plif_jax.data import batches
@@ -187,7 +187,7 @@ def test_every_256th_step_is_logged(K):
 def test_of_equal_epochs_the_later_is_best(settings, tmp_path, monkeypatch, val_ratio, chosen_by):
     config = settings(log_dir_prefix=str(tmp_path), max_epoch=4, train_samples=80, val_ratio=val_ratio)
     scores = {"test": iter([0.5, 0.7, 0.6, 0.1]), "val": iter([0.2, 0.9, 0.9, 0.3])}
-    monkeypatch.setattr(loop.Run, "train_epoch", lambda run, epoch: _pretend(run))
+    monkeypatch.setattr(loop.Run, "train_epoch", lambda run, epoch: pretend_epoch(run))
     monkeypatch.setattr(loop.Run, "accuracy", lambda run, name: next(scores[name]))
     result = loop.train(config, say=lambda line: None)
     expected = {"test_accuracy": (2, 0.7), "val_accuracy": (3, 0.6)}[chosen_by]
@@ -260,11 +260,6 @@ def test_each_number_of_steps_per_call_compiles(settings, tmp_path):
     assert [p["steps_timed"] for p in progress] == [2, 7]  # of 2, 2 and 1 the first 2 and the 1 compile
 
 
-def _pretend(run):
-    run.state = dataclasses.replace(run.state, step=run.state.step + run.steps_per_epoch)
-    return {"loss": 0.0, "train_accuracy": 0.0}
-
-
 @pytest.mark.parametrize(
     "batch_size, what",
     [
@@ -331,7 +326,7 @@ def test_a_run_that_was_never_tested_says_so(settings, tmp_path, monkeypatch, ca
     def two_epochs(run, epoch):
         if epoch == 2:
             raise signals.Interrupted(signal.SIGTERM)
-        return _pretend(run)
+        return pretend_epoch(run)
 
     monkeypatch.setattr(loop.Run, "train_epoch", two_epochs)
     config, said = settings(log_dir_prefix=str(tmp_path), eval_every=5, max_epoch=10), []
@@ -351,7 +346,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(settings, tm
         return leave(checkpoints, *error)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "__exit__", leave_asked_to_stop)
-    monkeypatch.setattr(loop.Run, "train_epoch", lambda run, epoch: _pretend(run))
+    monkeypatch.setattr(loop.Run, "train_epoch", lambda run, epoch: pretend_epoch(run))
     config = settings(log_dir_prefix=str(tmp_path), eval_every=5, max_epoch=1)
     monkeypatch.setattr(loop.Run, "accuracy", lambda run, name: 0.5)
     assert loop.train(config, say=lambda line: None)["finished"]
