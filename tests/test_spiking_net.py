@@ -206,9 +206,12 @@ def of_linear(*builders, **settings):
 
 def test_each_layer_of_dropout_draws_a_mask_of_its_own():
     left = []
-    of_linear(networks.dropout, networks.dropout)(
-        jnp.ones((2, 50, 10, 10, 1)), rngs=jax.random.key(0), observe=lambda *_: left.append((_[-1] != 0).mean())
-    )
+
+    def observe(name, layer, entering, leaving):
+        left.append((leaving != 0).mean())
+
+    net = of_linear(networks.dropout, networks.dropout)
+    net(jnp.ones((2, 50, 10, 10, 1)), rngs=jax.random.key(0), observe=observe)
     np.testing.assert_allclose(left[1:], [1 / 2, 1 / 4], atol=0.03)
 
 
