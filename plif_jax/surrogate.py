@@ -107,7 +107,7 @@ class Surrogate(nnx.Module):
         if np.ndim(value):
             raise UserError(f"alpha has shape {np.shape(value)}; a surrogate has one alpha for its whole layer")
         if not isinstance(value, jax.core.Tracer) and not _finite(value):
-            raise UserError(f"alpha is {alpha!r}; that of a surrogate is a finite number")
+            raise UserError(f"alpha is {alpha!r}; a surrogate's alpha is a finite number")
         self.alpha = nnx.Param(jnp.asarray(alpha, param_dtype)) if learnable else as_setting(alpha)
 
     def primitive(self, x):

@@ -199,26 +199,20 @@ def test_mistakes_are_told(make, says):
         make()
 
 
-def of_linear(*builders, **settings):
-    table = {"static_conv": [], "conv": [], "fc": [networks.flatten, *builders]}
-    return networks.SpikingNet(table, (10, 10, 1), 10, T=2, rngs=nnx.Rngs(0), **settings)
-
-
 def test_each_layer_of_dropout_draws_a_mask_of_its_own():
     left = []
 
     def observe(name, layer, entering, leaving):
         left.append((leaving != 0).mean())
 
-    net = of_linear(networks.dropout, networks.dropout)
-    net(jnp.ones((2, 50, 10, 10, 1)), rngs=jax.random.key(0), observe=observe)
-    np.testing.assert_allclose(left[1:], [1 / 2, 1 / 4], atol=0.03)
+    net = flat([networks.dropout, networks.dropout])
+    net(jnp.ones((2, 50, 8, 8, 2)), rngs=jax.random.key(0), observe=observe)
+    np.testing.assert_allclose(left[:2], [1 / 2, 1 / 4], atol=0.03)
 
 
 def test_frames_enter_a_bfloat16_network_in_its_type():
     entered = []
-    net = of_linear(networks.linear(10), networks.neuron, dtype=jnp.bfloat16)
-    net(jnp.ones((3, 1, 10, 10, 1)), observe=lambda name, layer, entering, leaving: entered.append(entering.dtype))
+    flat(dtype=jnp.bfloat16)(X, observe=lambda name, layer, entering, leaving: entered.append(entering.dtype))
     assert entered[0] == jnp.bfloat16
 
 
@@ -233,14 +227,13 @@ class Keyed(nnx.Module):
 
 
 def test_a_layer_that_takes_anything_by_name_is_given_its_key():
-    net = of_linear(lambda net, shape, rngs: (Keyed(), shape), networks.neuron)
-    assert net(jnp.ones((2, 3, 10, 10, 1)), rngs=jax.random.key(0)).shape == (3, 10)
+    assert with_block(Keyed)(X, rngs=jax.random.key(0)).shape == (1, 3)
 
 
 def test_a_view_that_switches_batch_norm_leaves_dropout_as_it_was():
-    net = of_linear(networks.dropout, networks.linear(10), networks.neuron)
+    net = flat([networks.dropout])
     net.eval()
-    assert nnx.view(net, use_running_average=True).fc[1].deterministic is True
+    assert nnx.view(net, use_running_average=True).conv[0].deterministic is True
 
 
 def test_frames_of_an_open_number_are_told_before_a_convolution_sees_them():

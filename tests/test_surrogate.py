@@ -113,7 +113,7 @@ def test_a_learned_alpha_has_a_gradient_however_large_the_current():
 
 def test_alpha_is_one_number():
     for alpha in ("2", None, float("nan"), 2 + 1j, jnp.inf):
-        with pytest.raises(UserError, match=r"alpha is .*; that of a surrogate is a finite number"):
+        with pytest.raises(UserError, match=r"alpha is .*; a surrogate's alpha is a finite number"):
             surrogate.ATan(alpha)
     for alpha in (2, np.float32(2), jnp.bfloat16(2), nnx.Param(2.0), nnx.Param(jnp.asarray(2.0))):
         np.testing.assert_allclose(surrogate.ATan(alpha).derivative(0.0), 1.0)
